@@ -1,0 +1,1 @@
+"""Measurements: speed, memory and results, each written to `benchmarks/results/`. Imports the methods; nothing imports it."""

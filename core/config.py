@@ -1,0 +1,126 @@
+"""What every training run can be told, method or not (imports no torch).
+
+A method's `Config` extends `TrainConfig`; its fields become flags (`core.cli`). A value here is the default of the four
+papers' common recipe where they share one.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from core.geometry import GEOMETRIES, Geometry, GeometryName
+from core.profiles import PROFILES, Profile, ProfileName
+
+BackboneName = Literal[
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "resnext152_32x8d",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A run's data, schedule, optimiser and hardware."""
+
+    # data
+    data: str = "data/coco"  # COCO folder, dataset YAML, or the word shapes
+    empty_images: Literal["skip", "keep"] = "skip"  # training images without boxes
+    short_side: int = 800  # pixels; an image's short side is resized to it ...
+    long_side: int = 1333  # ... unless its long side would exceed this
+    short_side_min: int = 0  # multi-scale training draws short sides from here to short_side; 0: always short_side
+    # model
+    geometry: GeometryName = "modern"  # box convention, see core/geometry.py
+    profile: ProfileName = "ours"  # whose implementation to follow, see core/profiles.py
+    backbone: BackboneName = "resnet50"
+    backbone_weights: str = "imagenet"  # torchvision's ImageNet weights, a file of the same layout, or none
+    dcn_stages: tuple[int, ...] = ()  # backbone stages 2..5 (C2..C5) whose 3x3 become modulated deformable
+    dcn_groups: int = 1  # offset groups of those
+    dcn_tower: bool = False  # the last convolution of both towers becomes modulated deformable
+    frozen_stages: int = 2  # 0: none, 1: stem, 2: stem and C2, ... 5: everything
+    channels: int = 256  # of pyramid and head
+    weights: str = ""  # start from this model's weights (a checkpoint of the same method)
+    # schedule
+    steps: int | None = None  # length of the run in steps ...
+    epochs: float | None = None  # ... or in passes over the training images; exactly one of the two
+    batch_size: int = 16  # images over all ranks
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # fractions of the run at which lr drops
+    lr_decay: float = 0.1  # factor of each drop
+    warmup: Literal["constant", "linear"] = "constant"  # lr starts at warmup_factor * lr, flat or rising
+    warmup_steps: int = 500  # at most a tenth of the run
+    warmup_factor: float = 1 / 3
+    # optimiser
+    lr: float | None = None  # taken as it is; unset: paper_lr * batch_size / paper_batch_size
+    paper_lr: float = 0.01  # at paper_batch_size
+    paper_batch_size: int = 16
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    bias_lr_factor: float = 1.0  # lr factor of parameters named bias
+    bias_weight_decay: float = 1e-4  # weight decay of parameters named bias
+    clip_grad_norm: float = 0.0  # largest gradient norm; 0: no clipping, as in the papers
+    # run
+    out: str = ""  # run folder; unset: runs/<method>/<preset>[-<data>]
+    seed: int = 0  # initial weights, order, augmentation, drawn shapes
+    eval_every: int = 0  # steps between evaluations on val; 0: only at the end
+    save_every: int = 1000  # steps between checkpoints
+    log_every: int = 20  # steps between log lines
+    # hardware
+    device: str = "auto"  # cuda if there is one, else cpu
+    workers: int = 2  # loader processes of each rank; 0: load in the training process
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the network; losses and assignment are always float32
+    compile: bool = False  # torch.compile the network
+    deterministic: bool = False  # deterministic kernels, one image per forward at evaluation
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"set exactly one of steps and epochs, got steps {self.steps} and epochs {self.epochs}")
+        _check_positive(self, "batch_size", "short_side", "long_side", "channels", "save_every", "log_every")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.epochs is not None and not self.epochs > 0:
+            raise ValueError(f"epochs must be above 0, got {self.epochs}")
+        if self.short_side > self.long_side:
+            raise ValueError(f"short_side {self.short_side} is larger than long_side {self.long_side}")
+        if not 0 <= self.short_side_min <= self.short_side:
+            raise ValueError(f"short_side_min must be 0 to short_side {self.short_side}, got {self.short_side_min}")
+        if self.channels % 32:
+            raise ValueError(f"channels must be a multiple of 32 (GroupNorm's groups), got {self.channels}")
+        if not 0 <= self.frozen_stages <= 5:
+            raise ValueError(f"frozen_stages must be 0 to 5, got {self.frozen_stages}")
+        if not set(self.dcn_stages) <= {2, 3, 4, 5}:
+            raise ValueError(f"dcn_stages must be among 2, 3, 4, 5, got {self.dcn_stages}")
+        if list(self.milestones) != sorted(self.milestones) or not all(0 < m <= 1 for m in self.milestones):
+            raise ValueError(f"milestones must be rising fractions of the run in (0, 1], got {self.milestones}")
+        if self.workers < 0 or self.eval_every < 0:
+            raise ValueError(f"workers and eval_every must not be negative, got {self.workers}, {self.eval_every}")
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: `lr`, or the paper's scaled by the batch (Goyal et al. 2017, linear scaling)."""
+        return self.lr if self.lr is not None else self.paper_lr * self.batch_size / self.paper_batch_size
+
+    @property
+    def box_geometry(self) -> Geometry:
+        """The constants of `geometry`."""
+        return GEOMETRIES[self.geometry]
+
+    @property
+    def switches(self) -> Profile:
+        """The shared switches of `profile`."""
+        return PROFILES[self.profile]
+
+
+def _check_positive(config: TrainConfig, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def total_steps(config: TrainConfig, images: int) -> int:
+    """Length of the run in optimiser steps, for a training set of that many images."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return max(1, round(config.epochs * images / config.batch_size))

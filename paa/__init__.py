@@ -1,0 +1,1 @@
+"""PAA: Probabilistic Anchor Assignment with IoU prediction (Kim and Lee, ECCV 2020)."""
