@@ -1,0 +1,98 @@
+"""The gates: `nox` runs what CI runs; `nox -s bench`, `nox -s fresh` and `nox -s oldest` are run on demand.
+
+The default sessions use the current environment, because torch is several gigabytes; `fresh` and `oldest` make a new
+one.
+"""
+
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nox
+
+METHODS = ("paa",)
+PACKAGES = ("core", *METHODS, "benchmarks")
+UNTRACED = ("-p", "no:jaxtyping", "-o", "addopts=-q --strict-markers")  # torch.compile cannot trace jaxtyping's checks
+
+nox.needs_version = ">=2024.4"
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "tests", "consistency", "smoke"]
+
+
+def python(session: nox.Session, *arguments: str) -> None:
+    """Run a Python module or script with the session's own interpreter."""
+    interpreter = sys.executable if session.virtualenv.venv_backend == "none" else "python"
+    session.run(interpreter, *arguments, external=session.virtualenv.venv_backend == "none")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style: ruff's rules and its formatting."""
+    python(session, "-m", "ruff", "check", ".")
+    python(session, "-m", "ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types."""
+    python(session, "-m", "mypy", *PACKAGES)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Every test but the consistency ones; those that trace with torch.compile in a call of their own."""
+    python(session, "-m", "pytest", "-m", "not compiled and not consistency", *session.posargs)
+    python(session, "-m", "pytest", *UNTRACED, "-m", "compiled", *session.posargs)
+
+
+@nox.session
+def consistency(session: nox.Session) -> None:
+    """What must hold across packages: import direction, commands, golden arrays, tables that match their results."""
+    python(session, "-m", "pytest", "-m", "consistency", *session.posargs)
+    python(session, "-m", "benchmarks.tables", "--check")
+
+
+@nox.session
+def smoke(session: nox.Session) -> None:
+    """Every method: train a few steps on shapes, evaluate, predict."""
+    with tempfile.TemporaryDirectory() as folder:
+        python(session, "-m", "core.data", "shapes", f"{folder}/shapes", "--images", "2")
+        for method in METHODS:
+            run = f"{folder}/{method}"
+            small = ("--channels", "32", "--short-side", "96", "--long-side", "128", "--batch-size", "2")
+            python(session, "-m", f"{method}.train", "--preset", "quick", "--steps", "4", *small, "--out", run)
+            python(session, "-m", f"{method}.evaluate", f"{run}/best.pt", "--out", f"{run}/evaluate")
+            python(session, "-m", f"{method}.predict", f"{run}/best.pt", f"{folder}/shapes", "--out", f"{run}/predict")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Speed and memory; arguments after -- choose benchmarks by name."""
+    python(session, "-m", "benchmarks.speed", *session.posargs)
+
+
+def readme_commands(text: str, count: int = 2) -> list[str]:
+    """The first shell commands of a README, one for each ```bash block."""
+    return [block.strip() for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)][:count]
+
+
+@nox.session(venv_backend="venv")
+def fresh(session: nox.Session) -> None:
+    """The README's own two commands in a fresh clone of the last commit and a new virtual environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("git", "clone", "--quiet", ".", f"{folder}/clone", external=True)
+        shared = os.environ.get("ANCHORAGE_SHARED")
+        environment = {"ANCHORAGE_SHARED": str(Path(shared).resolve())} if shared else {}
+        with session.chdir(f"{folder}/clone"):
+            for command in readme_commands(Path("README.md").read_text(encoding="utf-8")):
+                session.run("bash", "-euc", command, env=environment, external=True)
+
+
+@nox.session(venv_backend="venv")
+def oldest(session: nox.Session) -> None:
+    """The tests with the oldest supported torch."""
+    session.install("torch==2.11.*", "torchvision==0.26.*", "-e", ".[dev]")
+    tests(session)
+    consistency(session)
