@@ -1,0 +1,107 @@
+"""Loss functions: one value per element or box, no reduction, float32 or better also under autocast.
+
+Sums and normalisers stand in each method's own `losses.py`, where its equation is. Binary cross entropy is torch's.
+"""
+
+import torch
+import torchvision.ops
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TINY = 1e-12  # keeps a ratio of distances finite where a box has no area
+
+
+def one_hot_labels(labels: Int[Tensor, "*n"], num_classes: int) -> Float[Tensor, "*n {num_classes}"]:
+    """Targets of one-vs-all classification: 1 at an anchor's class; all 0 for BACKGROUND and IGNORED (below 0).
+
+    An ignored anchor needs weight 0 as well, for the caller to apply.
+    """
+    classes = torch.arange(num_classes, device=labels.device)
+    return (labels[..., None] == classes).to(torch.float32)
+
+
+def sigmoid_focal_loss(
+    logits: Float[Tensor, "*n"], targets: Float[Tensor, "*n"], alpha: float = 0.25, gamma: float = 2.0
+) -> Float[Tensor, "*n"]:
+    """Focal loss per element (Lin et al. 2017, Eq. 5): torchvision's, in float32 or better.
+
+    Args:
+        logits: before the sigmoid, of any size.
+        targets: 1 where the class is right, otherwise 0 (`one_hot_labels`).
+        alpha: weight of the positive class; the negatives get 1 - alpha.
+        gamma: exponent of the modulating factor.
+
+    Returns:
+        -alpha (1-p)^gamma ln p where the target is 1, -(1-alpha) p^gamma ln(1-p) where it is 0.
+    """
+    logits = _at_least_float32(logits)
+    return torchvision.ops.sigmoid_focal_loss(logits, targets.to(logits.dtype), alpha, gamma)
+
+
+def giou_loss(
+    pred: Float[Tensor, "*#n 4"], target: Float[Tensor, "*#n 4"], eps: float = 1e-7, floor: bool = False
+) -> Float[Tensor, "*n"]:
+    """GIoU loss 1 - (I/U - (E-U)/E) per box, in [0, 2] (Rezatofighi et al. 2019, Algorithm 1; spec PAA section 2).
+
+    Sides are x2 - x1 in both geometries. x2, y2 of a prediction turned inside out are raised to its x1, y1, so that its
+    area is 0. Values and gradients are finite for coordinates up to 1e18 pixels.
+
+    Args:
+        pred: predicted boxes, receive the gradient.
+        target: boxes with x2 >= x1 and y2 >= y1.
+        eps: square pixels added to union and enclosing area.
+        floor: raise both areas to at least `eps` instead of adding it (MMDetection, with eps 1e-6).
+
+    Note: torchvision's `generalized_box_iou_loss` has the same formula, but indexes with a mask, which waits for the
+    device and cannot be traced.
+    """
+    pred, target = _raise_corners(_at_least_float32(pred)), _at_least_float32(target)
+    intersection, union = _intersection_and_union(pred, target)
+    corners_low, corners_high = torch.minimum(pred, target)[..., :2], torch.maximum(pred, target)[..., 2:]
+    enclosing = _guard(_area(corners_high - corners_low), eps, floor)
+    union = _guard(union, eps, floor)
+    return 1 - (intersection / union - (enclosing - union) / enclosing)
+
+
+def iou_loss(pred: Float[Tensor, "*#n 4"], target: Float[Tensor, "*#n 4"], eps: float = 1e-7) -> Float[Tensor, "*n"]:
+    """IoU loss 1 - I/U per box, in [0, 1], with the conventions of `giou_loss`.
+
+    Boxes that do not overlap lose 1 and get no gradient through the intersection.
+    """
+    pred, target = _raise_corners(_at_least_float32(pred)), _at_least_float32(target)
+    intersection, union = _intersection_and_union(pred, target)
+    return 1 - intersection / (union + eps)
+
+
+def centerness_target(points: Float[Tensor, "*#n 2"], boxes: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*n"]:
+    """Centre-ness sqrt(min(l,r)/max(l,r) * min(t,b)/max(t,b)) of points in boxes (Tian et al. 2019, FCOS, Eq. 3).
+
+    1 at the middle of the box, 0 on its border and outside. `points` are anchor centres, so the geometry enters only
+    through them.
+    """
+    to_low, to_high = points - boxes[..., :2], boxes[..., 2:] - points
+    nearer, farther = torch.minimum(to_low, to_high), torch.maximum(to_low, to_high)
+    ratios = nearer.clamp(min=0) / farther.clamp(min=TINY)
+    return (ratios[..., 0] * ratios[..., 1]).sqrt()
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _raise_corners(boxes: Tensor) -> Tensor:
+    return torch.cat([boxes[..., :2], torch.maximum(boxes[..., :2], boxes[..., 2:])], dim=-1)
+
+
+def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    sides = (torch.minimum(a, b)[..., 2:] - torch.maximum(a, b)[..., :2]).clamp(min=0)
+    intersection = _area(sides)
+    return intersection, _area(a[..., 2:] - a[..., :2]) + _area(b[..., 2:] - b[..., :2]) - intersection
+
+
+def _area(sides: Tensor) -> Tensor:
+    return sides[..., 0] * sides[..., 1]  # not prod(dim=-1), whose gradient waits for the device
+
+
+def _guard(area: Tensor, eps: float, floor: bool) -> Tensor:
+    return area.clamp(min=eps) if floor else area + eps
