@@ -1,1 +1,1 @@
-"""Measurements: speed, memory and results, each written to `benchmarks/results/`. Imports the methods; nothing imports it."""
+"""Measurements: speed, memory and results, kept in `benchmarks/results/`. May import everything; nothing imports it."""
