@@ -1,0 +1,84 @@
+"""Where the authors' PAA and MMDetection's differ in method (imports no torch).
+
+Each row of spec PAA sections 0 and 14 that only PAA needs is a field here; architecture and data switches shared with the
+other methods stand in `core/profiles.py`. `ours` takes the authors' choice everywhere, plus their two corrections that no
+normal COCO batch feels: images without objects are all negative, and the box loss's normaliser has a floor.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from core.profiles import ProfileName
+
+LowQualityRule = Literal["own", "overwrite"]
+Scheme = Literal["a", "b", "c", "d"]
+
+
+@dataclass(frozen=True)
+class PaaProfile:
+    """PAA's own switches; one row of the table in `paa/README.md` each."""
+
+    # assignment, section 3.1
+    low_quality: LowQualityRule  # an object's best anchors keep their own best object, or are given to that object
+    score_box_weight: float  # lambda_1 of the GIoU loss inside the anchor score, Eq. 2; 1.3 leaks in from Eq. 8
+    keep_single: bool  # an object with one candidate takes it as positive; otherwise it gets none
+    first_component_only: bool  # candidates of component 1 below the density peak are negative, else positive
+    all_without_first: bool  # where component 0 is empty all candidates are positive; otherwise none
+    # losses, section 3.3
+    average_over_ranks: bool  # normalisers are averaged over ranks; otherwise each rank uses its own
+    count_images: bool  # the class loss is divided by at least the rank's number of images; otherwise by at least 1
+    box_normaliser_floor: float  # smallest divisor of the box loss, where the IoUs of all positives sum to 0
+    # test, section 3.4
+    threshold_on_class: bool  # the score threshold is put on the class score; otherwise on sqrt(class score * IoU)
+    top_over_pairs: bool  # a level's best before NMS are (anchor, class) pairs; otherwise anchors by their best class
+    vote_in_original_pixels: bool  # NMS and score voting after resizing to the image file; otherwise before
+    drop_empty_boxes: bool  # detections that clipping leaves without area are dropped
+
+
+# Neither original has a floor; this one turns their 0 / 0 into 0 and changes nothing else.
+NO_FLOOR = 1e-12
+
+PAA_PROFILES: dict[ProfileName, PaaProfile] = {
+    "ours": PaaProfile(
+        low_quality="own",
+        score_box_weight=1.0,
+        keep_single=True,
+        first_component_only=False,
+        all_without_first=True,
+        average_over_ranks=True,
+        count_images=False,
+        box_normaliser_floor=1e-6,
+        threshold_on_class=True,
+        top_over_pairs=True,
+        vote_in_original_pixels=False,
+        drop_empty_boxes=True,
+    ),
+    "mmdet": PaaProfile(
+        low_quality="overwrite",
+        score_box_weight=1.3,
+        keep_single=False,
+        first_component_only=True,
+        all_without_first=False,
+        average_over_ranks=False,
+        count_images=True,
+        box_normaliser_floor=NO_FLOOR,
+        threshold_on_class=False,
+        top_over_pairs=False,
+        vote_in_original_pixels=True,
+        drop_empty_boxes=False,
+    ),
+    "official": PaaProfile(
+        low_quality="own",
+        score_box_weight=1.0,
+        keep_single=True,
+        first_component_only=False,
+        all_without_first=True,
+        average_over_ranks=True,
+        count_images=False,
+        box_normaliser_floor=NO_FLOOR,
+        threshold_on_class=True,
+        top_over_pairs=True,
+        vote_in_original_pixels=False,
+        drop_empty_boxes=False,
+    ),
+}
