@@ -1,8 +1,9 @@
 """Where the authors' PAA and MMDetection's differ in method (imports no torch).
 
-Each row of spec PAA sections 0 and 14 that only PAA needs is a field here; architecture and data switches shared with the
-other methods stand in `core/profiles.py`. `ours` takes the authors' choice everywhere, plus their two corrections that no
-normal COCO batch feels: images without objects are all negative, and the box loss's normaliser has a floor.
+Each row of spec PAA sections 0 and 14 that only PAA needs is a field here; the architecture and data switches that other
+methods share stand in `core/profiles.py`. `ours` takes the authors' choice everywhere, with two corrections that no
+normal COCO batch feels: the box loss's normaliser has a floor, and boxes without area are dropped at test. In all
+profiles an image without objects is all negative (the authors' code stops with an error there).
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class PaaProfile:
     average_over_ranks: bool  # normalisers are averaged over ranks; otherwise each rank uses its own
     count_images: bool  # the class loss is divided by at least the rank's number of images; otherwise by at least 1
     box_normaliser_floor: float  # smallest divisor of the box loss, where the IoUs of all positives sum to 0
+    giou_eps: float  # square pixels that keep GIoU's two ratios finite ...
+    giou_floor: bool  # ... as a floor of both areas; otherwise added to them
     # test, section 3.4
     threshold_on_class: bool  # the score threshold is put on the class score; otherwise on sqrt(class score * IoU)
     top_over_pairs: bool  # a level's best before NMS are (anchor, class) pairs; otherwise anchors by their best class
@@ -48,6 +51,8 @@ PAA_PROFILES: dict[ProfileName, PaaProfile] = {
         average_over_ranks=True,
         count_images=False,
         box_normaliser_floor=1e-6,
+        giou_eps=1e-7,
+        giou_floor=False,
         threshold_on_class=True,
         top_over_pairs=True,
         vote_in_original_pixels=False,
@@ -62,6 +67,8 @@ PAA_PROFILES: dict[ProfileName, PaaProfile] = {
         average_over_ranks=False,
         count_images=True,
         box_normaliser_floor=NO_FLOOR,
+        giou_eps=1e-6,
+        giou_floor=True,
         threshold_on_class=False,
         top_over_pairs=False,
         vote_in_original_pixels=True,
@@ -76,6 +83,8 @@ PAA_PROFILES: dict[ProfileName, PaaProfile] = {
         average_over_ranks=True,
         count_images=False,
         box_normaliser_floor=NO_FLOOR,
+        giou_eps=1e-7,
+        giou_floor=False,
         threshold_on_class=True,
         top_over_pairs=True,
         vote_in_original_pixels=False,
