@@ -51,7 +51,6 @@ def tests(session: nox.Session) -> None:
 def consistency(session: nox.Session) -> None:
     """What must hold across packages: import direction, commands, golden arrays, tables that match their results."""
     python(session, "-m", "pytest", "-m", "consistency", *session.posargs)
-    python(session, "-m", "benchmarks.tables", "--check")
 
 
 @nox.session
