@@ -34,7 +34,7 @@ class TrainConfig:
     # model
     geometry: GeometryName = "modern"  # box convention, see core/geometry.py
     profile: ProfileName = "ours"  # whose implementation to follow, see core/profiles.py
-    backbone: BackboneName = "resnet50"
+    backbone: BackboneName = "resnet50"  # network below the pyramid
     backbone_weights: str = "imagenet"  # torchvision's ImageNet weights, a file of the same layout, or none
     dcn_stages: tuple[int, ...] = ()  # backbone stages 2..5 (C2..C5) whose 3x3 become modulated deformable
     dcn_groups: int = 1  # offset groups of those
@@ -50,22 +50,24 @@ class TrainConfig:
     lr_decay: float = 0.1  # factor of each drop
     warmup: Literal["constant", "linear"] = "constant"  # lr starts at warmup_factor * lr, flat or rising
     warmup_steps: int = 500  # at most a tenth of the run
-    warmup_factor: float = 1 / 3
+    warmup_factor: float = 1 / 3  # lr's first factor
     # optimiser
     lr: float | None = None  # taken as it is; unset: paper_lr * batch_size / paper_batch_size
     paper_lr: float = 0.01  # at paper_batch_size
-    paper_batch_size: int = 16
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    paper_batch_size: int = 16  # images over all ranks of the paper's run
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 1e-4  # of everything but biases
     bias_lr_factor: float = 1.0  # lr factor of parameters named bias
     bias_weight_decay: float = 1e-4  # weight decay of parameters named bias
     clip_grad_norm: float = 0.0  # largest gradient norm; 0: no clipping, as in the papers
     # run
+    preset: str = ""  # the named run this one began as; its name goes into the run folder's
     out: str = ""  # run folder; unset: runs/<method>/<preset>[-<data>]
     seed: int = 0  # initial weights, order, augmentation, drawn shapes
     eval_every: int = 0  # steps between evaluations on val; 0: only at the end
     save_every: int = 1000  # steps between checkpoints
     log_every: int = 20  # steps between log lines
+    tensorboard: bool = False  # also write TensorBoard events into the run folder (pip install "anchorage[loggers]")
     # hardware
     device: str = "auto"  # cuda if there is one, else cpu
     workers: int = 2  # loader processes of each rank; 0: load in the training process

@@ -1,0 +1,220 @@
+"""A configuration as text: what its fields mean, values from text, and the YAML file of a run (imports no torch).
+
+The comments beside a config class's fields are its documentation: they become the help of the flags and the comments of
+`config.yaml`; a comment on a line of its own opens a section.
+"""
+
+import ast
+import dataclasses
+import inspect
+import io
+import math
+import textwrap
+import tokenize
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from core.config import TrainConfig
+from core.errors import UserError, nearest
+
+
+class FieldInfo(NamedTuple):
+    """One field of a config class."""
+
+    name: str
+    annotation: Any  # the resolved type
+    section: str  # heading above it in the class; empty for fields that a method adds
+    meaning: str  # the comment beside it
+
+
+def describe_fields(cls: type[TrainConfig]) -> tuple[FieldInfo, ...]:
+    """All fields of a config class in order, with the comments of the first class that says something about them."""
+    hints = get_type_hints(cls)
+    sections: dict[str, str] = {}
+    meanings: dict[str, str] = {}
+    for base in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
+        for name, (section, meaning) in _field_comments(base).items():
+            sections.setdefault(name, section)
+            meanings[name] = meanings.get(name) or meaning  # a method's comment may speak of its default only
+    return tuple(
+        FieldInfo(f.name, hints[f.name], sections.get(f.name, ""), meanings.get(f.name, ""))
+        for f in dataclasses.fields(cls)
+    )
+
+
+def _field_comments(cls: type) -> dict[str, tuple[str, str]]:
+    """Section and comment of each field that this class itself writes down; empty where there is no source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):
+        return {}
+    headings: dict[int, str] = {}
+    beside: dict[int, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            alone = not token.line[: token.start[1]].strip()
+            (headings if alone else beside)[token.start[0]] = token.string.lstrip("# ").strip()
+    body = ast.parse(source).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            above = [line for line in headings if line < node.lineno]
+            section = headings[max(above)] if above else ""
+            comment = beside.get(node.end_lineno or node.lineno, "") or beside.get(node.lineno, "")
+            found[node.target.id] = (section, comment)
+    return found
+
+
+def optional_inner(annotation: Any) -> tuple[Any, bool]:
+    """`X | None` as (X, True), any other type as (itself, False)."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        inner = [part for part in get_args(annotation) if part is not type(None)]
+        if len(inner) == 1:
+            return inner[0], True
+    return annotation, False
+
+
+def convert(value: object, annotation: Any) -> Any:
+    """A value from a flag (text) or a YAML file as the type of its field.
+
+    Numbers may be written 500, 5e2, 0.01, 1e-4 or 2/3; a field that may be unset takes `none`.
+
+    Raises:
+        ValueError: with a message that continues the field's name, such as "must be a whole number, got 'x'".
+    """
+    inner, may_be_none = optional_inner(annotation)
+    if may_be_none and (value is None or value == "none"):
+        return None
+    if get_origin(inner) is Literal:
+        return _choice(value, get_args(inner))
+    if get_origin(inner) is tuple:
+        return _several(value, inner)
+    if inner is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false, got {value!r}")
+        return value
+    if inner in (int, float):
+        return _number(value, inner)
+    if isinstance(value, str) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return str(value)
+    raise ValueError(f"must be text, got {value!r}; put it in quotes")
+
+
+def _choice(value: object, choices: tuple[Any, ...]) -> Any:
+    for choice in choices:
+        if str(value) == str(choice):
+            return choice
+    words = [str(choice) for choice in choices]
+    raise ValueError(f"must be one of {', '.join(words)}, got {value!r}{nearest(str(value), words)}")
+
+
+def _several(value: object, annotation: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"must be a list, got {value!r}")
+    parts = get_args(annotation)
+    if parts[-1] is Ellipsis:
+        return tuple(convert(part, parts[0]) for part in value)
+    if len(value) != len(parts):
+        raise ValueError(f"must have {len(parts)} values, got {value!r}")
+    return tuple(convert(part, kind) for part, kind in zip(value, parts, strict=True))
+
+
+def _number(value: object, kind: type) -> int | float:
+    wanted = "a whole number" if kind is int else "a number"
+    try:
+        number = _parse_number(value)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"must be {wanted}, got {value!r}") from None
+    if kind is int and number != int(number):
+        raise ValueError(f"must be {wanted}, got {value!r}")
+    return kind(number)
+
+
+def _parse_number(value: object) -> int | float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number: int | float = value
+    elif isinstance(value, str):
+        numerator, slash, denominator = value.partition("/")
+        digits = numerator.replace("_", "").lstrip("+-").isdigit()
+        number = int(numerator) if digits else float(numerator)
+        number = number / float(denominator) if slash else number
+    else:
+        raise ValueError
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved configuration, one field a line under its sections, as `read_yaml` reads it back."""
+    lines, last = [], None
+    for field in describe_fields(type(config)):
+        section = field.section or "method"
+        if section != last:
+            lines += ["", f"# {section}"] if last is not None else [f"# {section}"]
+            last = section
+        value = getattr(config, field.name)
+        plain = list(value) if isinstance(value, tuple) else value
+        text = yaml.safe_dump([plain], default_flow_style=True, width=math.inf, allow_unicode=True).strip()[1:-1]
+        lines.append(f"{field.name}: {text}  # {field.meaning}".removesuffix("  # "))
+    return "\n".join(lines) + "\n"
+
+
+def read_yaml(path: str | Path, cls: type[TrainConfig]) -> dict[str, Any]:
+    """The fields that a YAML file sets: a run's config.yaml or a hand-written part of one.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown field (naming the nearest) or a value of the wrong type.
+    """
+    fields = {field.name: field for field in describe_fields(cls)}
+    values = {}
+    for key, value in _read_mapping(Path(path)).items():
+        if key not in fields:
+            raise UserError(f"{path}: unknown field {key!r}{nearest(str(key), fields)}")
+        try:
+            values[str(key)] = convert(value, fields[str(key)].annotation)
+        except ValueError as error:
+            raise UserError(f"{path}: {key} {error}") from None
+    return values
+
+
+def _read_mapping(path: Path) -> Mapping[object, object]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}{line}: not a YAML file of fields: {reason}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold lines of the form `field: value`, got a {type(content).__name__}")
+    return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a field written twice and has no aliases (nested ones explode in memory)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [str(key.value) for key, _ in node.value]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is set twice", node.start_mark)
+        return mapping
