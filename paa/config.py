@@ -1,0 +1,54 @@
+"""PAA's configuration and its named runs (imports no torch)."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from core.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """PAA with ResNet-50. Defaults are the paper's ablation run: 135,000 steps of 16 images."""
+
+    steps: int | None = 135_000
+    bias_lr_factor: float = 2.0  # the authors' recipe
+    bias_weight_decay: float = 0.0  # the authors' recipe
+    prematch_iou: float = 0.1  # an anchor with a lower IoU to every object is no candidate
+    topk: int = 9  # K, candidates an object keeps on each level, those with the lowest anchor score
+    scheme: Literal["a", "b", "c", "d"] = "c"  # how the mixture separates positives from negatives, Fig. 3
+    box_weight: float = 1.3  # lambda_1, weight of the box loss, Eq. 8
+    iou_weight: float = 0.5  # lambda_2, weight of the IoU prediction loss, Eq. 8
+    score_threshold: float = 0.05  # lowest score of a detection before NMS
+    pre_nms_top: int = 1000  # candidates of each level that reach NMS
+    nms_iou: float = 0.6  # a detection with a larger IoU to a better one of its class is dropped
+    max_detections: int = 100  # of an image
+    score_voting: bool = True  # refine kept boxes by their neighbours, section 3.4
+    voting_sigma: float = 0.025  # width of the voting weight; the paper prints 0.0025, the authors' code has 0.025
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.topk < 1:
+            raise ValueError(f"topk must be at least 1, got {self.topk}")
+        for name in ("prematch_iou", "score_threshold", "nms_iou"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.voting_sigma <= 0:
+            raise ValueError(f"voting_sigma must be above 0, got {self.voting_sigma}")
+
+
+SMALL = Config(
+    backbone="resnet18",
+    channels=96,
+    short_side=192,
+    long_side=320,
+    steps=240,
+    batch_size=8,
+    empty_images="keep",
+)
+
+PRESETS = {
+    "r50_1p5x": Config(),  # 41.1 AP on COCO minival (paper 41.0); about 36 GPU hours of the paper's V100s not measured
+    "r50_1x": Config(steps=90_000),  # 40.4 AP on COCO minival (authors' README)
+    "small": SMALL,  # comparisons on a CPU
+    "quick": replace(SMALL, data="shapes", backbone_weights="none", frozen_stages=0),  # the README's run on a CPU
+}
