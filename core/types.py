@@ -4,7 +4,7 @@ Letters: B images, A anchors of all levels together, G objects of an image (padd
 D detections of an image (padded likewise). Boxes are `xyxy`, float pixels of the padded network input.
 """
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -39,9 +39,9 @@ class Batch(NamedTuple):
         """The part that assigners and losses see."""
         return Targets(self.boxes, self.labels, self.valid, self.sizes)
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Batch":
         """The batch on another device; asynchronous where the memory is pinned."""
-        return type(self)(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class Assignment(NamedTuple):
