@@ -34,6 +34,7 @@ class PaaProfile:
     # test, section 3.4
     threshold_on_class: bool  # the score threshold is put on the class score; otherwise on sqrt(class score * IoU)
     top_over_pairs: bool  # a level's best before NMS are (anchor, class) pairs; otherwise anchors by their best class
+    keep_ties: bool  # detections exactly as good as the last of the best 100 stay too
     vote_in_original_pixels: bool  # NMS and score voting after resizing to the image file; otherwise before
     drop_empty_boxes: bool  # detections that clipping leaves without area are dropped
 
@@ -55,6 +56,7 @@ PAA_PROFILES: dict[ProfileName, PaaProfile] = {
         giou_floor=False,
         threshold_on_class=True,
         top_over_pairs=True,
+        keep_ties=True,
         vote_in_original_pixels=False,
         drop_empty_boxes=True,
     ),
@@ -71,6 +73,7 @@ PAA_PROFILES: dict[ProfileName, PaaProfile] = {
         giou_floor=True,
         threshold_on_class=False,
         top_over_pairs=False,
+        keep_ties=False,
         vote_in_original_pixels=True,
         drop_empty_boxes=False,
     ),
@@ -87,6 +90,7 @@ PAA_PROFILES: dict[ProfileName, PaaProfile] = {
         giou_floor=False,
         threshold_on_class=True,
         top_over_pairs=True,
+        keep_ties=True,
         vote_in_original_pixels=False,
         drop_empty_boxes=False,
     ),

@@ -1,0 +1,156 @@
+"""PAA's outputs to detections: unified score, class-wise NMS, score voting (paper section 3.4, spec section 6)."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from core.boxes import box_area, box_iou, clip_boxes, decode_deltas
+from core.geometry import MODERN, Geometry
+from core.nms import Candidates, best_in_groups, nms_indices, to_detections
+from core.types import Detections
+from paa.config import Config
+from paa.model import Outputs
+from paa.profiles import PAA_PROFILES
+
+VOTING_IOU = 0.01  # neighbours overlap a box by more; the paper says by anything above 0 (spec section 14)
+CHUNK = 1 << 20  # (kept box, neighbour) pairs worked on at a time: about 100 MB
+
+
+def detect(
+    outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config, original_sizes: Int[Tensor, "B 2"] | None = None
+) -> Detections:
+    """Detections of a batch by falling score, boxes in pixels of the network input (spec PAA section 6).
+
+    Args:
+        outputs: of the model, any float type; everything here is float32 or better.
+        sizes: height and width of each resized image, to which boxes are clipped.
+        config: thresholds, limits, profile, geometry; `score_voting` switches the last step.
+        original_sizes: height and width of each image file. Only profile `mmdet` looks at it: NMS and voting then
+            measure in the file's pixels, which changes nothing but rounding unless the geometry is legacy.
+
+    Returns:
+        At most `max_detections` of an image; a few more where several are exactly as good as the last one, unless the
+        profile is `mmdet`. Voting moves boxes, never scores, labels or order.
+    """
+    switches = PAA_PROFILES[config.profile]
+    pool = candidate_boxes(outputs, sizes, config)
+    scales = None
+    if switches.vote_in_original_pixels and original_sizes is not None:
+        scales = (sizes / original_sizes).flip(-1).repeat(1, 2)[pool.images]  # x, y, x, y
+        pool = pool._replace(boxes=pool.boxes / scales)
+    geometry = config.box_geometry
+    index = nms_indices(pool, config.nms_iou, config.max_detections, geometry, keep_ties=switches.keep_ties)
+    kept = pool.select(index)
+    if config.score_voting:
+        kept = kept._replace(boxes=vote(kept, pool, config.voting_sigma, geometry))
+    if scales is not None:
+        kept = kept._replace(boxes=kept.boxes * scales[index])
+    return to_detections(kept, len(sizes))
+
+
+def unified_score(class_scores: Float[Tensor, "B A C"], ious: Float[Tensor, "B A"] | None) -> Float[Tensor, "B A C"]:
+    """sqrt(class score * predicted IoU), Eq. 1 with lambda 1; the class score alone where there is no IoU branch.
+
+    Note: the paper has the product; the root is the authors' code's and keeps the order.
+    """
+    return class_scores if ious is None else (class_scores * ious[..., None]).sqrt()
+
+
+def candidate_boxes(outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config) -> Candidates:
+    """What reaches NMS: pairs over the score threshold, the best `pre_nms_top` of each level, decoded and clipped.
+
+    The profile says whether the threshold is put on the class score or on the unified score, and whether a level's best
+    are (anchor, class) pairs or anchors (spec PAA section 6, steps 1 and 2).
+    """
+    switches = PAA_PROFILES[config.profile]
+    class_scores = _float(outputs.logits).sigmoid()
+    scores = unified_score(class_scores, None if outputs.iou_logits is None else _float(outputs.iou_logits).sigmoid())
+    groups = _level_groups(outputs)
+    wanted = (class_scores if switches.threshold_on_class else scores) > config.score_threshold
+    if not switches.top_over_pairs:
+        best = best_in_groups(scores.amax(dim=-1).flatten(), groups.flatten(), config.pre_nms_top)
+        wanted &= _mask(best, groups)[..., None]
+    images, anchors, labels = wanted.nonzero().unbind(1)
+    pair_scores = scores[images, anchors, labels]
+    if switches.top_over_pairs:
+        best = best_in_groups(pair_scores, groups[images, anchors], config.pre_nms_top)
+        images, anchors, labels, pair_scores = images[best], anchors[best], labels[best], pair_scores[best]
+    boxes = decode_deltas(
+        outputs.grid.boxes[anchors],
+        _float(outputs.deltas)[images, anchors],
+        config.box_geometry,
+        config.switches.clamp_both_sides,
+    )
+    if config.switches.clip_boxes:
+        boxes = clip_boxes(boxes[:, None], sizes[images], config.box_geometry)[:, 0]
+    pool = Candidates(boxes, pair_scores, labels, images)
+    return pool.select(box_area(boxes).nonzero()[:, 0]) if switches.drop_empty_boxes else pool
+
+
+def _float(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _level_groups(outputs: Outputs) -> Int[Tensor, "B A"]:
+    """A number for each (image, level)."""
+    batch, device, levels = len(outputs.logits), outputs.logits.device, outputs.grid.level_sizes
+    level = torch.arange(len(levels), device=device).repeat_interleave(torch.tensor(levels, device=device))
+    return torch.arange(batch, device=device)[:, None] * len(levels) + level
+
+
+def _mask(index: Int[Tensor, " m"], like: Int[Tensor, "B A"]) -> Bool[Tensor, "B A"]:
+    flat = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
+    flat[index] = True
+    return flat.view(like.shape)
+
+
+def vote(
+    kept: Candidates, pool: Candidates, sigma: float = 0.025, geometry: Geometry = MODERN, chunk: int = CHUNK
+) -> Float[Tensor, "k 4"]:
+    """Score voting (section 3.4): every kept box becomes a weighted mean of the candidates around it.
+
+    box = sum_i w_i box_i / sum_i w_i with w_i = exp(-(1 - IoU_i)^2 / sigma) * score_i, over all candidates of the same
+    image and class with IoU > 0.01: the box itself and those that NMS suppressed too. IoUs are those before voting.
+
+    Args:
+        kept: what NMS left.
+        pool: what NMS was given.
+        sigma: width of the weight. Deviation: the paper prints 0.0025, where voting almost does nothing; the authors'
+            code has 0.025 (spec section 6).
+        geometry: how the IoU measures boxes.
+        chunk: (kept box, candidate) pairs worked on at a time; bounds memory.
+
+    Returns:
+        New boxes of `kept`. A box that not even overlaps itself (it has no area), or whose weights are all 0, stays.
+    """
+    classes = int(pool.labels.max()) + 1 if len(pool.labels) else 1
+    keys = pool.images * classes + pool.labels
+    order = keys.argsort(stable=True)
+    pool, kept_keys = pool.select(order), kept.images * classes + kept.labels
+    first, last = (torch.searchsorted(keys[order], kept_keys, side=side) for side in ("left", "right"))
+    width = max(1, int((last - first).max())) if len(first) else 1  # members of the largest group
+    rows = max(1, chunk // width)
+    parts = zip(kept.boxes.split(rows), first.split(rows), last.split(rows), strict=True)
+    return torch.cat([_vote_rows(boxes, start, end, pool, width, sigma, geometry) for boxes, start, end in parts])
+
+
+def _vote_rows(
+    boxes: Float[Tensor, "k 4"],
+    first: Int[Tensor, " k"],
+    last: Int[Tensor, " k"],
+    pool: Candidates,
+    width: int,
+    sigma: float,
+    geometry: Geometry,
+) -> Float[Tensor, "k 4"]:
+    """`vote` for boxes whose group is rows first : last of the sorted pool, at most `width` of them; in float64."""
+    rows = first[:, None] + torch.arange(width, device=boxes.device)
+    member = rows < last[:, None]
+    rows = rows.clamp(max=len(pool.scores) - 1)
+    neighbours = pool.boxes[rows].double()
+    ious = box_iou(boxes[:, None].double(), neighbours, geometry)
+    weights = (-(1 - ious).square() / sigma).exp() * pool.scores[rows]
+    weights = weights.masked_fill(~member | (ious <= VOTING_IOU), 0)
+    total = weights.sum(dim=1, keepdim=True)
+    voted = (weights[:, None] @ neighbours)[:, 0] / total
+    return torch.where(total > 0, voted, boxes).to(boxes.dtype)
