@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.geometry import MODERN, Geometry
 
-DELTA_STDS = (0.1, 0.1, 0.2, 0.2)  # Faster R-CNN's coder weights 10, 10, 5, 5
+CENTRE_STD, SIZE_STD = 0.1, 0.2  # of dx, dy and of dw, dh: Faster R-CNN's coder weights 10, 10, 5, 5
 MAX_LOG_SIZE = math.log(1000 / 16)  # largest predicted log size ratio, Fast R-CNN's clamp
 
 
@@ -50,8 +50,7 @@ def encode_deltas(
     anchor_sizes = anchors[..., 2:] - anchors[..., :2] + geometry.plus_one
     sizes = boxes[..., 2:] - boxes[..., :2] + geometry.plus_one
     shift = (box_centres(boxes) - box_centres(anchors)) / anchor_sizes
-    deltas = torch.cat([shift, (sizes / anchor_sizes).log()], dim=-1)
-    return deltas / deltas.new_tensor(DELTA_STDS)
+    return torch.cat([shift / CENTRE_STD, (sizes / anchor_sizes).log() / SIZE_STD], dim=-1)
 
 
 def decode_deltas(
@@ -69,10 +68,9 @@ def decode_deltas(
         clamp_both_sides: also clamp dw and dh from below (MMDetection); the authors clamp from above only.
     """
     deltas = deltas.to(torch.promote_types(deltas.dtype, torch.float32))
-    deltas = deltas * deltas.new_tensor(DELTA_STDS)
     anchor_sizes = anchors[..., 2:] - anchors[..., :2] + geometry.plus_one
-    centres = box_centres(anchors) + deltas[..., :2] * anchor_sizes
-    log_sizes = deltas[..., 2:].clamp(min=-MAX_LOG_SIZE if clamp_both_sides else None, max=MAX_LOG_SIZE)
+    centres = box_centres(anchors) + deltas[..., :2] * CENTRE_STD * anchor_sizes
+    log_sizes = (deltas[..., 2:] * SIZE_STD).clamp(min=-MAX_LOG_SIZE if clamp_both_sides else None, max=MAX_LOG_SIZE)
     half = (anchor_sizes * log_sizes.exp() - geometry.plus_one) / 2
     return torch.cat([centres - half, centres + half], dim=-1)
 
