@@ -1,0 +1,187 @@
+"""Batches for training and evaluation, made in worker processes; the same for any number of them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int32, Int64, UInt8
+from torch.utils.data import DataLoader, Dataset
+
+from core.anchors import SIZE_DIVISOR
+from core.config import TrainConfig
+from core.data.sampler import BatchPlan, Sampler, training_sampler
+from core.data.table import Table
+from core.data.transforms import (
+    clip_boxes,
+    corner_boxes,
+    flip_boxes,
+    resize,
+    resized_sizes,
+    scale_boxes,
+    usable_boxes,
+)
+from core.errors import UserError
+from core.geometry import Geometry
+from core.types import Batch
+
+
+class Sample(NamedTuple):
+    """One image on its way into a batch."""
+
+    image: UInt8[np.ndarray, "h w 3"]
+    boxes: Float64[np.ndarray, "g 4"]  # xyxy pixels of the resized image
+    labels: Int32[np.ndarray, " g"]
+
+
+def train_batches(
+    table: Table, config: TrainConfig, *, start: int, steps: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """This rank's share of the batches of steps start + 1 .. steps.
+
+    The global batch is a pure function of (config.seed, step); ranks cut it into equal consecutive parts. All ranks
+    share one canvas and one G, the padded number of objects.
+
+    Raises:
+        UserError: batch_size does not divide among the ranks, nothing to train on, or an image that cannot be read.
+    """
+    if config.batch_size % world_size:
+        raise UserError(f"batch_size {config.batch_size} does not divide among {world_size} processes")
+    sampler = training_sampler(table, config)
+    share = config.batch_size // world_size
+    mine = slice(rank * share, (rank + 1) * share)
+    return _load(partial(_train_batch, table, config, sampler, mine), range(start + 1, steps + 1), config)
+
+
+def eval_batches(
+    table: Table, config: TrainConfig, *, rank: int = 0, world_size: int = 1, batch_size: int | None = None
+) -> Iterator[Batch]:
+    """This rank's share of a split: every image once over all ranks, nothing added.
+
+    Only images of equal canvas, their own resized size rounded up to 32, share a batch, so that no result depends on
+    which images happen to be together.
+
+    Args:
+        table: all its images are used, also those without boxes.
+        config: short and long side, workers.
+        rank: this process.
+        world_size: number of processes.
+        batch_size: images of a batch; default the rank's share of config.batch_size, or 1 with config.deterministic.
+    """
+    default = 1 if config.deterministic else max(1, config.batch_size // world_size)
+    plans = eval_plans(table, config, batch_size or default)[rank::world_size]
+    return _load(partial(_eval_batch, table, config, plans), range(len(plans)), config)
+
+
+def eval_plans(table: Table, config: TrainConfig, batch_size: int) -> list[BatchPlan]:
+    """All evaluation batches by falling canvas area: the largest comes first, so memory runs out at once or never."""
+    sizes = np.stack([table.heights, table.widths], axis=1)
+    resized = resized_sizes(sizes, config.short_side, config.long_side, config.switches.truncate_resized)
+    canvases, group = np.unique(round_up_all(resized), axis=0, return_inverse=True)
+    plans = []
+    for index in np.argsort(-canvases.prod(axis=1), kind="stable"):
+        rows = np.flatnonzero(group.reshape(-1) == index)
+        canvas = (int(canvases[index, 0]), int(canvases[index, 1]))
+        for first in range(0, len(rows), batch_size):
+            part = rows[first : first + batch_size]
+            plans.append(BatchPlan(part, np.zeros(len(part), bool), config.short_side, canvas))
+    return plans
+
+
+def round_up_all(sizes: Int64[np.ndarray, "n 2"]) -> Int64[np.ndarray, "n 2"]:
+    """Every side rounded up to a multiple of 32."""
+    return -(-sizes // SIZE_DIVISOR) * SIZE_DIVISOR
+
+
+def padded_count(count: int) -> int:
+    """Length G of the object axis: 4, 6, 8, 12, 16, 24, 32 ..., a short list, so that shapes are few."""
+    size = 4
+    while size < count:
+        size = size * 3 // 2 if size.bit_count() == 1 else size * 4 // 3
+    return size
+
+
+def make_batch(table: Table, config: TrainConfig, plan: BatchPlan, part: slice) -> Batch:
+    """Reads, resizes, flips and pads the images `part` of a global batch."""
+    rows, flips = plan.images[part], plan.flips[part]
+    sizes = np.stack([table.heights[rows], table.widths[rows]], axis=1).astype(np.int64)
+    resized = resized_sizes(sizes, plan.short_side, config.long_side, config.switches.truncate_resized)
+    samples = [
+        load_sample(table, int(row), (int(size[0]), int(size[1])), bool(flip), config.box_geometry)
+        for row, size, flip in zip(rows, resized, flips, strict=True)
+    ]
+    objects = padded_count(int(np.diff(table.box_offsets)[plan.images].max(initial=0)))
+    images = torch.zeros(len(rows), 3, *plan.canvas, dtype=torch.uint8)
+    boxes = torch.zeros(len(rows), objects, 4)
+    labels = torch.zeros(len(rows), objects, dtype=torch.int64)
+    valid = torch.zeros(len(rows), objects, dtype=torch.bool)
+    for i, sample in enumerate(samples):
+        height, width, _ = sample.image.shape
+        count = len(sample.labels)
+        images.numpy()[i, :, :height, :width] = sample.image.transpose(2, 0, 1)
+        boxes.numpy()[i, :count] = sample.boxes
+        labels.numpy()[i, :count] = sample.labels
+        valid[i, :count] = True
+    ids = torch.from_numpy(table.image_ids[rows])
+    return Batch(images, torch.from_numpy(resized), boxes, labels, valid, ids, torch.from_numpy(sizes))
+
+
+def load_sample(table: Table, row: int, size: tuple[int, int], flip: bool, geometry: Geometry) -> Sample:
+    """One image resized to `size` = (height, width), mirrored if `flip`, with the boxes that can be targets."""
+    image = table.read_image(row)
+    original = (image.shape[0], image.shape[1])
+    boxes_of = table.box_slice(row)
+    boxes = clip_boxes(corner_boxes(table.boxes_xywh[boxes_of], geometry), original, geometry)
+    keep = usable_boxes(boxes, table.crowd[boxes_of])
+    boxes = scale_boxes(boxes[keep], original, size)
+    image = resize(image, size)
+    if flip:
+        image, boxes = image[:, ::-1], flip_boxes(boxes, size[1], geometry)
+    return Sample(image, boxes, table.labels[boxes_of][keep])
+
+
+def _train_batch(table: Table, config: TrainConfig, sampler: Sampler, part: slice, step: int) -> Batch:
+    return make_batch(table, config, sampler.batch(step), part)
+
+
+def _eval_batch(table: Table, config: TrainConfig, plans: list[BatchPlan], index: int) -> Batch:
+    return make_batch(table, config, plans[index], slice(None))
+
+
+class _Batches(Dataset[Batch | UserError]):
+    """Batch number to batch. A user's mistake is returned, since a raised one would come back wrapped in a trace."""
+
+    def __init__(self, make: Callable[[int], Batch]) -> None:
+        self.make = make
+
+    def __getitem__(self, index: int) -> Batch | UserError:
+        try:
+            return self.make(index)
+        except UserError as error:
+            return error
+
+
+def _load(make: Callable[[int], Batch], indices: Sequence[int], config: TrainConfig) -> Iterator[Batch]:
+    pin = torch.cuda.is_available() and config.device != "cpu"
+    loader = DataLoader(
+        _Batches(make),
+        batch_size=None,
+        sampler=indices,
+        num_workers=min(config.workers, len(indices)),
+        collate_fn=_unchanged,
+        pin_memory=pin,
+        worker_init_fn=_one_thread,
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

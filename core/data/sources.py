@@ -1,0 +1,160 @@
+"""What `--data` may name: a COCO folder, a dataset YAML, or the word shapes."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.data.images import ImageFolder
+from core.data.parse import open_annotations
+from core.data.table import Category, Table, warn
+from core.errors import UserError, nearest
+from core.shapes import SPLITS as SHAPES_SPLITS
+from core.shapes import shapes_table
+
+SPLITS = ("train", "val", "test")
+COCO_HINT = (
+    "get COCO 2017 from https://cocodataset.org/#download and unpack annotations/, train2017/ and val2017/ there, "
+    "or try --data shapes"
+)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """An opened data set: one table per split, equal categories in all of them."""
+
+    name: str  # short: names run folders
+    tables: Mapping[str, Table]  # by split
+    fingerprint: str  # SHA-256 over the content of all opened splits
+    licence: str  # what the annotation files say about rights; empty if nothing
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """The classes by label."""
+        return next(iter(self.tables.values())).categories
+
+    @property
+    def train(self) -> Table:
+        """The split to learn from. UserError if the data set has none."""
+        return self.split("train")
+
+    @property
+    def val(self) -> Table:
+        """The split that chooses the best model. UserError if the data set has none."""
+        return self.split("val")
+
+    @property
+    def test(self) -> Table | None:
+        """The split that is only reported, if there is one."""
+        return self.tables.get("test")
+
+    def split(self, name: str) -> Table:
+        """A split by name. UserError if the data set lacks it."""
+        if name not in self.tables:
+            raise UserError(f"data {self.name} has no split {name}, only {', '.join(self.tables)}")
+        return self.tables[name]
+
+
+def open_data(spec: str, seed: int = 0, splits: tuple[str, ...] = SPLITS) -> DataSource:
+    """Opens a data set; nothing is downloaded.
+
+    Args:
+        spec: the word shapes, a dataset YAML, or a COCO folder.
+        seed: of the drawn shapes.
+        splits: which splits to open, of those that exist.
+
+    Raises:
+        UserError: nothing there, or an annotation file that cannot be trusted.
+    """
+    if spec == "shapes":
+        tables = {name: shapes_table(name, count, seed) for name, count in SHAPES_SPLITS.items() if name in splits}
+        return _source("shapes", tables)
+    path = Path(spec).expanduser()
+    files = yaml_files(path) if path.suffix in (".yaml", ".yml") else coco_files(path)
+    tables = {name: open_split(*files[name]) for name in SPLITS if name in files and name in splits}
+    if not tables:
+        raise UserError(f"{path}: has no split {' or '.join(splits)}, only {', '.join(files)}")
+    return _source(path.stem if path.is_file() else path.resolve().name, tables)
+
+
+def open_split(images: Path, annotations: Path) -> Table:
+    """The table of one annotation file and its folder of images. UserError if either is missing or bad."""
+    table = open_annotations(annotations, ImageFolder(images))
+    if not images.is_dir():
+        raise UserError(f"{annotations}: its images are looked for in {images}, which is no folder")
+    for note in table.notes:
+        warn(f"{annotations}: {note}")
+    return table
+
+
+def _source(name: str, tables: dict[str, Table]) -> DataSource:
+    first, *others = tables.values()
+    for other in others:
+        if other.categories != first.categories:
+            raise UserError(f"{other.source}: categories differ from {first.source}: {_difference(first, other)}")
+    digest = hashlib.sha256("".join(f"{split} {table.digest}\n" for split, table in tables.items()).encode())
+    licences = dict.fromkeys(table.licence for table in tables.values() if table.licence)
+    return DataSource(name, tables, digest.hexdigest(), "; ".join(licences))
+
+
+def _difference(first: Table, other: Table) -> str:
+    """The first category in which two tables differ."""
+    for a, b in zip(first.categories, other.categories, strict=False):
+        if a != b:
+            return f"id {b.id} {b.name!r} instead of id {a.id} {a.name!r}"
+    return f"{len(other.categories)} instead of {len(first.categories)}"
+
+
+def coco_files(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Image folder and annotation file of every split that a COCO folder has.
+
+    Annotations are annotations/instances_<split>2017.json or annotations/instances_<split>.json, images in
+    <split>2017/, images/<split>2017/, <split>/, images/<split>/ or images/.
+    """
+    files = {}
+    for split in SPLITS:
+        for name in (f"{split}2017", split):
+            annotations = folder / "annotations" / f"instances_{name}.json"
+            if annotations.is_file():
+                places = [folder / name, folder / "images" / name, folder / "images"]
+                files[split] = (next((place for place in places if place.is_dir()), places[0]), annotations)
+                break
+    if not files:
+        looked = f"looked for annotations/instances_train2017.json and instances_train.json in {folder.absolute()}"
+        what = "no COCO annotations" if folder.is_dir() else "no such folder" if not folder.exists() else "no YAML"
+        raise UserError(f"data {str(folder)!r}: {what} ({looked}); {COCO_HINT}")
+    return files
+
+
+def yaml_files(path: Path) -> dict[str, tuple[Path, Path]]:
+    """Image folder and annotation file of every split that a dataset YAML names, relative to the YAML."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a dataset YAML") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    _check_keys(path, "dataset", content, SPLITS, required=())
+    if not content:
+        raise UserError(f"{path}: names no split; expected train, val and perhaps test")
+    files = {}
+    for split, entry in content.items():
+        _check_keys(path, split, entry, ("images", "annotations"), required=("images", "annotations"))
+        files[split] = (path.parent / entry["images"], path.parent / entry["annotations"])
+    return files
+
+
+def _check_keys(path: Path, where: str, entry: Any, known: tuple[str, ...], required: tuple[str, ...]) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: {where} must be a mapping with {', '.join(known)}, got {entry!r}")
+    for key, value in entry.items():
+        if key not in known:
+            raise UserError(f"{path}: {where} has an unknown key {key!r}{nearest(str(key), known)}")
+        if required and not isinstance(value, str):
+            raise UserError(f"{path}: {where}.{key} must be a path, got {value!r}")
+    for key in required:
+        if key not in entry:
+            raise UserError(f"{path}: {where} lacks {key!r}")
