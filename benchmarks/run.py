@@ -1,0 +1,205 @@
+"""Named comparisons of detectors, each kept in one file of `benchmarks/results/`.
+
+    ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run bccd-fcos              # PAA and torchvision's FCOS, 3 seeds
+    ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run bccd --seeds 1         # PAA trained longer
+    python -m benchmarks.run quick                                               # the README's first command
+
+The file is written after every run. A comparison that was cut off goes on with the run it had not finished; a run made
+by another command than today's is made again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core import cli
+from core.errors import UserError, nearest
+from core.runlog import commit, environment, write_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+METRICS = ("AP", "AP50", "AP75")
+SHARED = "$ANCHORAGE_SHARED"  # stands for the folder of real data in recorded commands
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Something to train and test: commands in which {seed} and {out} are filled in, run one after the other."""
+
+    training: str  # for the table
+    commands: tuple[str, ...]  # modules and their arguments
+    metrics: str  # JSON file with the test metrics that the last command leaves, {out} filled in
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Detectors trained on the same data with the same seeds."""
+
+    file: str  # in benchmarks/results
+    seeds: int  # default number
+    data: str
+    licence_note: str
+    detectors: dict[str, Detector]
+
+
+def paa(training: str, data: str, flags: str, split: str) -> Detector:
+    """PAA trained with these flags and then tested on a split of its data."""
+    train = f"paa.train --data {data} {flags} --seed {{seed}} --out {{out}}"
+    evaluate = f"paa.evaluate {{out}}/best.pt --data {data} --split {split} --out {{out}}/{split}"
+    return Detector(training, (train, evaluate), f"{{out}}/{split}/metrics.json")
+
+
+BCCD = f"{SHARED}/data/bccd.yaml"
+RESNET18 = f"{SHARED}/data/weights/resnet18_pqf_fp16.pth"
+BCCD_DATA = "BCCD (Shenggan/BCCD_Dataset, MIT), 205 training images; AP on its 72 test images"
+BCCD_NOTE = (
+    "Data: BCCD, MIT licence. Both start from the ResNet-18 weights of Permute, Quantize, and Fine-tune (Uber "
+    "Non-Commercial License): results for non-commercial use only."
+)
+BCCD_PAA = f"--preset small --backbone-weights {RESNET18} --short-side 256 --long-side 342"
+
+COMPARISONS = {
+    "bccd-fcos": Comparison(
+        file="bccd_peer.json",
+        seeds=3,
+        data=BCCD_DATA,
+        licence_note=BCCD_NOTE,
+        detectors={
+            "fcos": Detector(
+                "240 x 8 images",
+                (
+                    f"benchmarks.baselines.fcos --data {BCCD} --backbone-weights {RESNET18} --steps 240 "
+                    "--batch-size 8 --seed {seed} --out {out}/metrics.json",
+                ),
+                "{out}/metrics.json",
+            ),
+            "paa": paa("240 x 8 images", BCCD, f"{BCCD_PAA} --channels 256 --steps 240 --batch-size 8", "test"),
+        },
+    ),
+    "bccd": Comparison(
+        file="bccd_paa.json",
+        seeds=1,
+        data=BCCD_DATA,
+        licence_note=BCCD_NOTE,
+        detectors={"paa": paa("1200 x 8 images", BCCD, f"{BCCD_PAA} --steps 1200 --batch-size 8", "test")},
+    ),
+    "quick": Comparison(
+        file="quick.json",
+        seeds=1,
+        data="shapes: drawn images; AP on held-out ones",
+        licence_note="Data: drawn by core.shapes, no licence. No pretrained weights.",
+        detectors={"paa": paa("preset quick", "shapes", "--preset quick", "val")},
+    ),
+}
+
+
+def compare(name: str, seeds: int, results: Path, runs: Path) -> None:
+    """All runs of a comparison that its file lacks, seed by seed so that the detectors keep pace."""
+    comparison = COMPARISONS[name]
+    path = results / comparison.file
+    done = json.loads(path.read_text(encoding="utf-8"))["detectors"] if path.exists() else {}
+    for seed in range(seeds):
+        for key, detector in comparison.detectors.items():
+            kept = [run for run in done.get(key, {}).get("runs", []) if is_current(run, detector)]
+            if any(run["seed"] == seed for run in kept):
+                print(f"{key}, seed {seed}: already in {path.name}")
+                continue
+            kept.append(one_run(detector, seed, runs / name / f"{key}-{seed}"))
+            done[key] = summary(detector, kept)
+            write_json(path, header(comparison, seeds) | {"detectors": done})
+
+
+def is_current(run: dict[str, Any], detector: Detector) -> bool:
+    """Whether a kept run was made by the commands that the detector has now."""
+    return run["commands"] == recorded(detector, run["seed"])
+
+
+def recorded(detector: Detector, seed: int) -> list[str]:
+    """The commands as they are kept: with the seed, without any machine's folders."""
+    return [f"python -m {part}".replace("{seed}", str(seed)).replace("{out}", "OUT") for part in detector.commands]
+
+
+def one_run(detector: Detector, seed: int, out: Path) -> dict[str, Any]:
+    """Train and test once in an empty folder.
+
+    Returns:
+        seed, commands, commit, wall seconds of all commands, and AP, AP50, AP75 in [0, 1] on the tested images.
+
+    Raises:
+        UserError: if a command fails; it has printed why.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    start = time.perf_counter()
+    for command in detector.commands:
+        words = [fill(word, seed, out) for word in command.split()]
+        print(f"+ python -m {' '.join(words)}", flush=True)
+        if subprocess.run([sys.executable, "-m", *words], cwd=ROOT, check=False).returncode:
+            raise UserError(f"python -m {' '.join(words)} failed")
+    seconds = time.perf_counter() - start
+    metrics = json.loads(Path(fill(detector.metrics, seed, out)).read_text(encoding="utf-8"))
+    kept = {metric: metrics[metric] for metric in METRICS}
+    return {"seed": seed, "commands": recorded(detector, seed), "commit": commit(), "seconds": seconds} | kept
+
+
+def fill(word: str, seed: int, out: Path) -> str:
+    """A word of a command with seed, run folder and data folder in place."""
+    if SHARED in word:
+        word = word.replace(SHARED, shared_folder())
+    return word.replace("{seed}", str(seed)).replace("{out}", str(out))
+
+
+def shared_folder() -> str:
+    """The folder of real data and weights. UserError if ANCHORAGE_SHARED names none."""
+    folder = os.environ.get("ANCHORAGE_SHARED", "")
+    if not folder or not Path(folder).is_dir():
+        raise UserError(f"ANCHORAGE_SHARED={folder}: set it to the folder that holds data/bccd.yaml and data/weights")
+    return folder
+
+
+def summary(detector: Detector, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The runs by seed, their mean, and their sample standard deviation, null for a single run."""
+    names = (*METRICS, "seconds")
+    columns = {name: [run[name] for run in runs] for name in names}
+    return {
+        "training": detector.training,
+        "runs": sorted(runs, key=lambda run: run["seed"]),
+        "mean": {name: statistics.mean(column) for name, column in columns.items()},
+        "std": {name: statistics.stdev(column) if len(runs) > 1 else None for name, column in columns.items()},
+    }
+
+
+def header(comparison: Comparison, seeds: int) -> dict[str, Any]:
+    """Where the numbers come from: command, commit, versions, device, seeds, data, licence note."""
+    origin = {"seeds": list(range(seeds)), "data": comparison.data, "licence_note": comparison.licence_note}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return environment(device, 1, {}) | origin
+
+
+def main() -> None:
+    """The command."""
+    parser = cli.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help=f"one of {', '.join(COMPARISONS)}")
+    parser.add_argument("--seeds", type=int, help="number of seeds, counted from 0 [the comparison's own]")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"), help="where run folders go")
+    options = parser.parse_args()
+    if options.name not in COMPARISONS:
+        raise UserError(f"no comparison named {options.name!r}{nearest(options.name, COMPARISONS)}")
+    seeds = COMPARISONS[options.name].seeds if options.seeds is None else options.seeds
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: need at least one")
+    compare(options.name, seeds, RESULTS, options.runs.absolute())
+
+
+if __name__ == "__main__":
+    cli.run(main)

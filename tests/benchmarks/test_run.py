@@ -1,0 +1,81 @@
+"""Comparisons: what is kept of a run, and that a comparison which was cut off goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import run
+from core.errors import UserError
+
+DETECTOR = run.Detector("2 x 1 images", ("x.train --seed {seed} --out {out}",), "{out}/metrics.json")
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Replaces training; holds the run folders and seeds asked for."""
+    calls: list[tuple[str, int]] = []
+
+    def one_run(detector: run.Detector, seed: int, out: Path) -> dict[str, Any]:
+        calls.append((out.name, seed))
+        metrics = {"AP": 0.1 * (seed + 1), "AP50": 0.5, "AP75": 0.2}
+        return {"seed": seed, "commands": run.recorded(detector, seed), "seconds": 3.0} | metrics
+
+    comparison = run.Comparison("two.json", 2, "drawn", "free", {"a": DETECTOR, "b": DETECTOR})
+    monkeypatch.setattr(run, "one_run", one_run)
+    monkeypatch.setitem(run.COMPARISONS, "two", comparison)
+    return calls
+
+
+def test_comparison_goes_on_run_by_run(trained: list[tuple[str, int]], tmp_path: Path) -> None:
+    run.compare("two", 1, tmp_path, tmp_path)
+    run.compare("two", 2, tmp_path, tmp_path)
+    run.compare("two", 2, tmp_path, tmp_path)
+    assert trained == [("a-0", 0), ("b-0", 0), ("a-1", 1), ("b-1", 1)]
+    result = json.loads((tmp_path / "two.json").read_text())
+    assert (result["seeds"], result["data"], result["licence_note"]) == ([0, 1], "drawn", "free")
+    assert {"command", "commit", "packages", "device", "threads"} <= set(result)
+    assert [kept["seed"] for kept in result["detectors"]["b"]["runs"]] == [0, 1]
+
+
+def test_runs_of_another_command_are_made_again(
+    trained: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.compare("two", 1, tmp_path, tmp_path)
+    other = run.Detector("3 x 1 images", ("x.train --steps 3 --seed {seed}",), "m.json")
+    monkeypatch.setitem(run.COMPARISONS["two"].detectors, "b", other)
+    run.compare("two", 1, tmp_path, tmp_path)
+    assert trained == [("a-0", 0), ("b-0", 0), ("b-0", 0)]
+    result = json.loads((tmp_path / "two.json").read_text())
+    assert result["detectors"]["b"]["training"] == "3 x 1 images"
+    assert len(result["detectors"]["b"]["runs"]) == 1
+
+
+def test_summary_by_hand() -> None:
+    runs = [{"seed": s, "AP": ap, "AP50": 0.5, "AP75": 0.2, "seconds": 60.0} for s, ap in ((1, 0.3), (0, 0.5))]
+    kept = run.summary(DETECTOR, runs)
+    assert kept["mean"]["AP"] == pytest.approx(0.4)
+    assert kept["std"]["AP"] == pytest.approx(0.1414214, abs=1e-6)  # sqrt((0.01 + 0.01) / (2 - 1))
+    assert [one["seed"] for one in kept["runs"]] == [0, 1]
+    assert run.summary(DETECTOR, runs[:1])["std"] == {"AP": None, "AP50": None, "AP75": None, "seconds": None}
+
+
+def test_kept_commands_name_no_machine_folder() -> None:
+    kept = run.recorded(run.COMPARISONS["bccd-fcos"].detectors["paa"], seed=2)
+    assert kept[0].startswith("python -m paa.train --data $ANCHORAGE_SHARED/data/bccd.yaml")
+    assert kept[0].endswith("--seed 2 --out OUT")
+
+
+def test_words_are_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ANCHORAGE_SHARED", str(tmp_path))
+    assert run.fill(run.BCCD, 0, tmp_path) == f"{tmp_path}/data/bccd.yaml"
+    monkeypatch.delenv("ANCHORAGE_SHARED")
+    with pytest.raises(UserError, match="ANCHORAGE_SHARED="):
+        run.fill(run.BCCD, 0, tmp_path)
+
+
+def test_failing_command_stops(tmp_path: Path) -> None:
+    detector = run.Detector("", ("no_such_module_{seed}",), "")
+    with pytest.raises(UserError, match="python -m no_such_module_0 failed"):
+        run.one_run(detector, 0, tmp_path / "out")
