@@ -32,7 +32,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from core.config import TrainConfig
 from core.errors import UserError
-from core.layers import DeformConv, FrozenBatchNorm
+from core.layers import FrozenBatchNorm, deformable
 
 
 class Architecture(NamedTuple):
@@ -144,7 +144,7 @@ def _deform(stage: nn.Sequential, offset_groups: int) -> None:
             raise UserError(
                 f"dcn_groups {offset_groups} does not divide the {block.conv2.in_channels} channels of a stage"
             )
-        block.conv2 = DeformConv.from_conv(block.conv2, offset_groups)
+        block.conv2 = deformable(block.conv2, offset_groups)
 
 
 def load_backbone_weights(backbone: ResNetBackbone, source: str, config: TrainConfig, *, download: bool = True) -> None:

@@ -1,7 +1,5 @@
 """Layers that backbones and heads share: frozen batch norm, per-level scale, deformable convolution, towers."""
 
-from typing import Self
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -90,20 +88,22 @@ class DeformConv(nn.Conv2d):
             if parameter is not None:
                 nn.init.zeros_(parameter)
 
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, offset_groups: int = 1) -> Self:
-        """The deformable twin of a 3x3 convolution: its stride, groups and the very same weight and bias."""
-        has_bias = conv.bias is not None
-        twin = cls(conv.in_channels, conv.out_channels, conv.stride[0], conv.groups, offset_groups, bias=has_bias)
-        twin.weight, twin.bias = conv.weight, conv.bias
-        return twin
-
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        """Maps of the size the plain convolution would give; float32 inside under autocast (torchvision's choice)."""
+        """Maps of the size the plain convolution would give. Sampled in float32 under autocast."""
         prediction = self.offset(x)
+        precise = torch.promote_types(x.dtype, torch.float32)  # torchvision has no bfloat16 kernel on CPU
         split = prediction.shape[1] * 2 // 3  # dy and dx first, then the masks
-        offset, mask = prediction[:, :split], prediction[:, split:].sigmoid()
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, mask=mask)
+        offset, mask = prediction[:, :split].to(precise), prediction[:, split:].to(precise).sigmoid()
+        y = deform_conv2d(x.to(precise), offset, self.weight, self.bias, self.stride, self.padding, mask=mask)
+        return y.to(prediction.dtype)
+
+
+def deformable(conv: nn.Conv2d, offset_groups: int = 1) -> DeformConv:
+    """The deformable twin of a 3x3 convolution: its stride, groups and the very same weight and bias."""
+    has_bias = conv.bias is not None
+    twin = DeformConv(conv.in_channels, conv.out_channels, conv.stride[0], conv.groups, offset_groups, bias=has_bias)
+    twin.weight, twin.bias = conv.weight, conv.bias
+    return twin
 
 
 def head_conv(in_channels: int, out_channels: int, bias: bool = True) -> nn.Conv2d:
