@@ -127,25 +127,25 @@ def is_whole(path: str | Path) -> bool:
 
 
 def _to_bytes(content: Mapping[str, Any]) -> bytes:
-    _check_plain(content, "content")
+    check_plain(content, "content")
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
     data = buffer.getvalue()
     return data + MARK + hashlib.sha256(data).digest()
 
 
-def _check_plain(value: object, where: str) -> None:
+def check_plain(value: object, where: str) -> None:
     """Only what `weights_only` reads back; exact types, since a subclass would be pickled by reference to its class."""
     if value is None or type(value) in (bool, int, float, str, Tensor):
         return
     if type(value) in (list, tuple):
         for index, part in enumerate(value):  # type: ignore[arg-type, var-annotated]
-            _check_plain(part, f"{where}[{index}]")
+            check_plain(part, f"{where}[{index}]")
     elif isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections"):
         for key, part in value.items():
             if type(key) not in (str, int):
                 raise ValueError(f"{where} has the key {key!r}; keys must be text or whole numbers")
-            _check_plain(part, f"{where}[{key!r}]")
+            check_plain(part, f"{where}[{key!r}]")
     else:
         raise ValueError(f"{where} is a {type(value).__name__}; checkpoints hold tensors and plain values only")
 

@@ -60,6 +60,7 @@ class TrainConfig:
     bias_lr_factor: float = 1.0  # lr factor of parameters named bias
     bias_weight_decay: float = 1e-4  # weight decay of parameters named bias
     clip_grad_norm: float = 0.0  # largest gradient norm; 0: no clipping, as in the papers
+    ema: float = 0.0  # decay of a moving average of the weights, which is then what is evaluated; 0: none
     # run
     preset: str = ""  # the named run this one began as; its name goes into the run folder's
     out: str = ""  # run folder; unset: runs/<method>/<preset>[-<data>]
@@ -95,6 +96,8 @@ class TrainConfig:
             raise ValueError(f"dcn_stages must be among 2, 3, 4, 5, got {self.dcn_stages}")
         if list(self.milestones) != sorted(self.milestones) or not all(0 < m <= 1 for m in self.milestones):
             raise ValueError(f"milestones must be rising fractions of the run in (0, 1], got {self.milestones}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.workers < 0 or self.eval_every < 0:
             raise ValueError(f"workers and eval_every must not be negative, got {self.workers}, {self.eval_every}")
 
