@@ -6,14 +6,19 @@ A shape's pixels are those that it covers at least half and that no later shape 
 """
 
 import colorsys
+import json
 import math
-from typing import NamedTuple
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int8, UInt8
 from PIL import Image, ImageDraw
 
 from core.data.table import Category, Table, cached_table, pack_names
+from core.errors import UserError
 
 KINDS = ("circle", "square", "triangle", "star")
 CATEGORIES = tuple(Category(i, name) for i, name in enumerate(KINDS, start=1))
@@ -279,3 +284,61 @@ def _plan_table(split: str, count: int, seed: int) -> Table:
         source=f"shapes {split}",
         licence=LICENCE,
     )
+
+
+def write_shapes(folder: Path, counts: Mapping[str, int], seed: int) -> None:
+    """Writes drawn images as a COCO folder: annotations/instances_<split>.json and <split>/<number>.png.
+
+    The pixels are those of `--data shapes`. The folder appears complete or not at all.
+
+    Args:
+        folder: new or empty.
+        counts: images of each split; 0 leaves the split out.
+        seed: of the drawings.
+
+    Raises:
+        UserError: the folder holds something, or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is not empty; name a new folder")
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}-") as temporary:
+            unfinished = Path(temporary) / "shapes"
+            (unfinished / "annotations").mkdir(parents=True)
+            for split, count in counts.items():
+                if count:
+                    _write_split(unfinished, _plan_table(split, count, seed), split)
+            unfinished.replace(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def _write_split(folder: Path, table: Table, split: str) -> None:
+    (folder / split).mkdir()
+    for index in range(len(table)):
+        Image.fromarray(table.read_image(index)).save(folder / split / table.name(index))
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco_content(table)))
+
+
+def coco_content(table: Table) -> dict[str, Any]:
+    """A table as the content of a COCO annotation file."""
+    images = [
+        {"id": int(i), "file_name": table.name(row), "height": int(height), "width": int(width)}
+        for row, (i, height, width) in enumerate(zip(table.image_ids, table.heights, table.widths, strict=True))
+    ]
+    owners = np.repeat(table.image_ids, np.diff(table.box_offsets))
+    annotations = [
+        {
+            "id": int(table.annotation_ids[row]),
+            "image_id": int(owners[row]),
+            "category_id": table.categories[table.labels[row]].id,
+            "bbox": table.boxes_xywh[row].tolist(),
+            "area": float(table.areas[row]),
+            "iscrowd": int(table.crowd[row]),
+        }
+        for row in range(len(table.labels))
+    ]
+    categories = [category._asdict() for category in table.categories]
+    licences = [{"id": 1, "name": table.licence}] if table.licence else []
+    return {"licenses": licences, "images": images, "annotations": annotations, "categories": categories}

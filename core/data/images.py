@@ -5,7 +5,9 @@ size in an annotation file is that of the stored pixels. Alpha is dropped, palet
 repeated, and of 16-bit samples the high byte is kept.
 """
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +30,24 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> UInt8[np.ndar
     Raises:
         UserError: missing, not an image, truncated, damaged, too large, or of another size.
     """
+    with _opened(path, size) as image:
+        return _to_rgb(image)
+
+
+def check_header(path: Path, size: tuple[int, int] | None = None) -> None:
+    """UserError as in `read_image`, as far as the first bytes of the file tell."""
+    with _opened(path, size):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(path: Path, size: tuple[int, int] | None) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
             with Image.open(path) as image:
                 _check_size(path, (image.height, image.width), size)
-                return _to_rgb(image)
+                yield image
     except UserError:
         raise
     except FileNotFoundError:

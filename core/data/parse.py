@@ -85,8 +85,9 @@ def open_annotations(path: Path, images: ImageReader) -> Table:
         stat = path.stat()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a COCO annotation file") from None
-    key = {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    return cached_table(key["path"], key, lambda: parse_coco(path, images), images)
+    place = str(path.resolve())
+    key = {"path": place, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return cached_table(place, key, lambda: parse_coco(path, images), images)
 
 
 def parse_coco(path: Path, images: ImageReader) -> Table:
@@ -167,11 +168,9 @@ def _wrong_entry(path: Path, what: str, entries: list[Any], before: int, error: 
     if match is None:
         return UserError(f"{path}: bad {what} entries ({error})")
     entry = entries[int(match[1])]
-    name = (
-        f"{what} {entry['id']!r}"
-        if isinstance(entry, dict) and "id" in entry
-        else f"{what} entry {before + int(match[1])}"
-    )
+    name = f"{what} entry number {before + int(match[1]) + 1}"
+    if isinstance(entry, dict) and "id" in entry:
+        name = f"{what} {_short(entry['id'])}"
     value = f"{match[2]} is {_short(entry[match[2]])}" if match[2] else _short(entry)
     return UserError(f"{path}: {name}: {value} ({reason[:1].lower()}{reason[1:]})")
 
@@ -321,7 +320,7 @@ def _rows(
 
 
 def _check_boxes(path: Path, boxes: Boxes) -> None:
-    def refuse(bad: Bool[np.ndarray, " M"], field: str, values: Any, why: str) -> None:
+    def refuse(bad: Any, field: str, values: Any, why: str) -> None:
         _refuse(path, "annotation", boxes.ids, bad, field, values, why)
 
     refuse(_repeated(boxes.ids), "id", boxes.ids, "is used twice")

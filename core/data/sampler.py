@@ -93,7 +93,7 @@ class Sampler:
     def canvas(self, group: int, short_side: int) -> tuple[int, int]:
         """The canvas of an orientation and a short side: the same for all short sides of one bucket of 32 px."""
         config = self.config
-        largest = min(round_up(short_side), max(config.short_side, short_side))
+        largest = min(round_up(short_side), config.short_side)
         resized = resized_sizes(self.sizes[group], largest, config.long_side, config.switches.truncate_resized)
         height, width = resized.max(axis=0)
         return round_up(int(height)), round_up(int(width))

@@ -73,11 +73,16 @@ def open_data(spec: str, seed: int = 0, splits: tuple[str, ...] = SPLITS) -> Dat
         tables = {name: shapes_table(name, count, seed) for name, count in SHAPES_SPLITS.items() if name in splits}
         return _source("shapes", tables)
     path = Path(spec).expanduser()
-    files = yaml_files(path) if path.suffix in (".yaml", ".yml") else coco_files(path)
+    files = data_files(path)
     tables = {name: open_split(*files[name]) for name in SPLITS if name in files and name in splits}
     if not tables:
         raise UserError(f"{path}: has no split {' or '.join(splits)}, only {', '.join(files)}")
     return _source(path.stem if path.is_file() else path.resolve().name, tables)
+
+
+def data_files(path: Path) -> dict[str, tuple[Path, Path]]:
+    """Image folder and annotation file of every split of a COCO folder or dataset YAML. UserError if it is neither."""
+    return yaml_files(path) if path.suffix in (".yaml", ".yml") else coco_files(path)
 
 
 def open_split(images: Path, annotations: Path) -> Table:
