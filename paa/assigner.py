@@ -159,7 +159,7 @@ def prematch(
     low_quality: LowQualityRule = "own",
     anchor_valid: Bool[Tensor, "B A"] | None = None,
 ) -> Int[Tensor, "B A"]:
-    """Object of every anchor by IoU alone, BACKGROUND where none (Algorithm 1, lines 3-4; spec section 3.1).
+    """Object of every anchor by IoU alone, BACKGROUND where none (Algorithm 1, line 3; spec section 3.1).
 
     An anchor goes to the object of its largest IoU (the first of equals) if that reaches `threshold`. The anchors with
     an object's largest IoU, all of several, are matched below the threshold too: with "own" to the object of their own
@@ -213,7 +213,7 @@ def anchor_scores(
     giou_eps: float = 1e-7,
     giou_floor: bool = False,
 ) -> Float[Tensor, "B A"]:
-    """How badly each anchor predicts its matched object, in float32: the negated log of Eq. 1's score, as Eq. 3.
+    """How badly each anchor predicts its matched object, in float32 (Eq. 3, the negative log of Eq. 1).
 
     The focal loss summed over classes plus `box_weight` (lambda_1) times the GIoU loss; low is good. Infinite where an
     anchor is unmatched, and where a diverged network makes the score infinite or NaN: no such anchor may reach the
@@ -238,7 +238,7 @@ def anchor_scores(
 def select_candidates(
     scores: Float[Tensor, "B A"], match: Int[Tensor, "B A"], objects: int, level_sizes: list[int], topk: int = 9
 ) -> Candidates:
-    """Each object's `topk` matched anchors of lowest score on every level (Algorithm 1, lines 5-9).
+    """Each object's `topk` matched anchors of lowest score on every level (Algorithm 1, lines 5-11).
 
     Args:
         scores: anchor scores; anchors with an infinite one are no candidates.

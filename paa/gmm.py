@@ -1,4 +1,4 @@
-"""The two-component mixture that splits an object's candidates into positives and negatives (section 3.1, Eq. 4-6).
+"""The two-component mixture that splits an object's candidates into positives and negatives (section 3.1, Eq. 4).
 
 Every object has its own one-dimensional mixture over at most 45 anchor scores. All of them are fitted in one call: one
 row per object, padded with a mask, each row frozen at the step where scikit-learn's `GaussianMixture(2)` would stop.
@@ -74,7 +74,7 @@ def split_candidates(
     first_component_only: bool = False,
     all_without_first: bool = True,
 ) -> Split:
-    """Fit a mixture to every row and separate its candidates (Fig. 2 and 3; spec sections 3 and 4).
+    """Fit a mixture to every row and separate its candidates (Algorithm 1, lines 12-15, and Fig. 3).
 
     Args:
         losses: anchor scores of each object's candidates in any order, finite where `valid`.
@@ -101,7 +101,7 @@ def split_candidates(
 
 
 def fit_sorted(values: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"]) -> Mixture:
-    """Expectation maximisation of every row as scikit-learn does it (Eq. 4 and 5; spec section 4).
+    """Expectation maximisation of every row as scikit-learn does it (Eq. 4; spec section 4).
 
     Weights start at 1/2, means at the smallest and largest value, variances at 1. A row stops after the step whose mean
     log density differs from the step's before by less than `TOLERANCE`, or after `MAX_STEPS`; it keeps what that step
@@ -195,7 +195,7 @@ def _step(rows: _Rows, fit: _Fit) -> _Fit:
 
 
 def _log_joint(parameters: Float[Tensor, "3 2 M"], distances: Float[Tensor, "2 K M"]) -> Float[Tensor, "2 K M"]:
-    """ln(w_k N(x_i; mu_k, v_k)), the numerator of Eq. 5's posterior, without its constant -ln(2 pi) / 2."""
+    """ln(w_k N(x_i; mu_k, v_k)), a term of Eq. 4, without its constant -ln(2 pi) / 2."""
     weights, _, variances = parameters
     precision_root = variances.rsqrt()
     standardised = distances * precision_root[:, None]
@@ -214,7 +214,7 @@ def _maximise(
 
 
 def predict(mixture: Mixture, values: Float[Tensor, "N K"]) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"]]:
-    """Likelier component (0 on a tie) and log density of every value (Eq. 4 and 6)."""
+    """Likelier component (0 on a tie) and log density of every value (Eq. 4)."""
     parameters = torch.stack(mixture[:3]).mT
     log_joint = _log_joint(parameters, values.T - parameters[1][:, None])
     log_density = torch.logaddexp(log_joint[0], log_joint[1]) - HALF_LOG_2PI
@@ -252,10 +252,10 @@ def separate(
     first, second = mask & (component == 0), mask & (component == 1)
     rank = torch.arange(mask.shape[1], device=mask.device)
     has_first = first.any(dim=1, keepdim=True)
-    up_to_peak = mask & (rank <= _densest(log_density, first)) & has_first
-    after_peak = mask & ~up_to_peak & has_first
-    positive = first if scheme == "a" or first_component_only else up_to_peak
-    positive = positive & (up_to_peak | (scheme == "a")) | (mask & ~has_first & all_without_first)
+    up_to_peak = mask & has_first & (rank <= _densest(log_density, first))
+    after_peak = mask & has_first & ~up_to_peak
+    positive = first if scheme == "a" else up_to_peak & (first | (not first_component_only))
+    positive = positive | (mask & ~has_first & all_without_first)
     if scheme == "b":
         ignored = after_peak & (rank < _densest(log_density, second)) & second.any(dim=1, keepdim=True)
     elif scheme == "d":

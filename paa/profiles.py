@@ -21,17 +21,17 @@ class PaaProfile:
 
     # assignment, section 3.1
     low_quality: LowQualityRule  # an object's best anchors keep their own best object, or are given to that object
-    score_box_weight: float  # lambda_1 of the GIoU loss inside the anchor score, Eq. 2; 1.3 leaks in from Eq. 8
+    score_box_weight: float  # lambda_1 of the GIoU loss inside the anchor score, Eq. 3; 1.3 leaks in from Eq. 8
     keep_single: bool  # an object with one candidate takes it as positive; otherwise it gets none
     first_component_only: bool  # candidates of component 1 below the density peak are negative, else positive
     all_without_first: bool  # where component 0 is empty all candidates are positive; otherwise none
-    # losses, section 3.3
+    # losses, section 3.2
     average_over_ranks: bool  # normalisers are averaged over ranks; otherwise each rank uses its own
     count_images: bool  # the class loss is divided by at least the rank's number of images; otherwise by at least 1
     box_normaliser_floor: float  # smallest divisor of the box loss, where the IoUs of all positives sum to 0
     giou_eps: float  # square pixels that keep GIoU's two ratios finite ...
     giou_floor: bool  # ... as a floor of both areas; otherwise added to them
-    # test, section 3.4
+    # test, section 3.3
     threshold_on_class: bool  # the score threshold is put on the class score; otherwise on sqrt(class score * IoU)
     top_over_pairs: bool  # a level's best before NMS are (anchor, class) pairs; otherwise anchors by their best class
     keep_ties: bool  # detections exactly as good as the last of the best 100 stay too
