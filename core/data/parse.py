@@ -5,9 +5,12 @@ number does not grow with the file. Only the needed fields are decoded; segmenta
 """
 
 import json
+import math
 import mmap
 import re
 from collections.abc import Iterator
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,11 +21,12 @@ from jaxtyping import Bool, Float64, Int64, UInt8
 from core.data.table import Category, ImageReader, Table, cached_table, pack_names
 from core.errors import UserError
 
-CHUNK = 2**24  # bytes of JSON decoded at once
+CHUNK = 2**18  # bytes of JSON decoded at once; stays in the processor's cache
 TOLERATED = 1000  # up to one in so many boxes may be empty or outside; they are dropped. COCO train2017 has two
 MAX_SIDE = 2**24  # pixels of an image's side
 BETWEEN_OBJECTS = re.compile(rb"\}\s*,\s*\{")
 BAD_NAME = re.compile(r"^$|^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\x00-\x1f\x7f]")
+_INTEGERS = ("id", "image_id", "category_id", "iscrowd")  # of an annotation
 _NO_BYTES = np.zeros(0, np.uint8)
 
 
@@ -135,10 +139,7 @@ Entry = TypeVar("Entry", _Image, _Annotation, _Category)
 def _entries(path: Path, what: str, part: msgspec.Raw | list[Any], kind: type[Entry]) -> Iterator[list[Entry]]:
     """The entries of a top-level list, a few megabytes at a time."""
     if not isinstance(part, msgspec.Raw):
-        try:
-            yield msgspec.convert(part, list[kind])  # type: ignore[valid-type]
-        except msgspec.ValidationError as error:
-            raise _wrong_entry(path, what, part, 0, error) from None
+        yield _convert(path, what, part, kind)
         return
     raw = memoryview(part)
     if bytes(raw[:1]) != b"[":
@@ -161,6 +162,18 @@ def _entries(path: Path, what: str, part: msgspec.Raw | list[Any], kind: type[En
         position, length, before = border.end() - 1 if border else end, CHUNK, before + len(entries)
 
 
+def _convert(path: Path, what: str, part: list[Any], kind: type[Entry]) -> list[Entry]:
+    """Entries from Python objects, of a file that has NaN somewhere."""
+    try:
+        entries: list[Entry] = msgspec.convert(part, list[kind])  # type: ignore[valid-type]
+    except msgspec.ValidationError as error:
+        raise _wrong_entry(path, what, part, 0, error) from None
+    for entry in entries:
+        if isinstance(entry, _Annotation) and entry.area is not None and math.isnan(entry.area):
+            raise UserError(f"{path}: annotation {entry.id}: area nan is no area")
+    return entries
+
+
 def _wrong_entry(path: Path, what: str, entries: list[Any], before: int, error: Exception) -> UserError:
     """Names the entry, field and value behind msgspec's `Expected ... - at `$[3].bbox[0]``."""
     reason, _, where = str(error).partition(" - at ")
@@ -181,9 +194,8 @@ def _short(value: Any) -> str:
 
 
 def _integers(path: Path, what: str, entries: list[Entry], field: str) -> Int64[np.ndarray, " n"]:
-    values = [int(getattr(entry, field)) for entry in entries]
     try:
-        return np.array(values, dtype=np.int64)
+        return np.fromiter(map(attrgetter(field), entries), np.int64, len(entries))
     except OverflowError:
         entry = next(entry for entry in entries if abs(int(getattr(entry, field))) >= 2**63)
         raise UserError(f"{path}: {what} {entry.id}: {field} is {getattr(entry, field)}, beyond 64 bits") from None
@@ -212,15 +224,15 @@ def _collect_images(path: Path, chunks: Iterator[list[_Image]]) -> Images:
 def _collect_boxes(path: Path, chunks: Iterator[list[_Annotation]]) -> Boxes:
     """Annotation entries as arrays."""
     integers: list[Int64[np.ndarray, "4 n"]] = [np.zeros((4, 0), np.int64)]
-    numbers: list[Float64[np.ndarray, "n 5"]] = [np.zeros((0, 5))]
+    xywh: list[Float64[np.ndarray, "n 4"]] = [np.zeros((0, 4))]
+    areas: list[Float64[np.ndarray, " n"]] = [np.zeros(0)]
     for entries in chunks:
-        names = ("id", "image_id", "category_id", "iscrowd")
-        integers.append(np.stack([_integers(path, "annotation", entries, name) for name in names]))
-        rows = [(*entry.bbox, np.nan if entry.area is None else entry.area) for entry in entries]
-        numbers.append(np.array(rows, dtype=np.float64).reshape(-1, 5))
+        integers.append(np.stack([_integers(path, "annotation", entries, name) for name in _INTEGERS]))
+        sides = chain.from_iterable(map(attrgetter("bbox"), entries))
+        xywh.append(np.fromiter(sides, np.float64, 4 * len(entries)).reshape(-1, 4))
+        areas.append(np.array([entry.area for entry in entries], np.float64))  # None becomes NaN
     ids, image_ids, category_ids, crowd = np.concatenate(integers, axis=1)
-    xywh_area = np.concatenate(numbers)
-    return Boxes(ids, image_ids, category_ids, crowd, xywh_area[:, :4], xywh_area[:, 4])
+    return Boxes(ids, image_ids, category_ids, crowd, np.concatenate(xywh), np.concatenate(areas))
 
 
 def _licence(part: msgspec.Raw | list[Any]) -> str:
