@@ -55,15 +55,17 @@ def consistency(session: nox.Session) -> None:
 
 @nox.session
 def smoke(session: nox.Session) -> None:
-    """Every method: train a few steps on shapes, evaluate, predict."""
+    """Every method: train a few steps on a few drawn images, evaluate, predict."""
     with tempfile.TemporaryDirectory() as folder:
-        python(session, "-m", "core.data", "shapes", f"{folder}/shapes", "--images", "2")
+        data = f"{folder}/shapes"
+        python(session, "-m", "core.data", "shapes", data, "--train", "8", "--val", "4", "--test", "2")
         for method in METHODS:
             run = f"{folder}/{method}"
             small = ("--channels", "32", "--short-side", "96", "--long-side", "128", "--batch-size", "2")
-            python(session, "-m", f"{method}.train", "--preset", "quick", "--steps", "4", *small, "--out", run)
-            python(session, "-m", f"{method}.evaluate", f"{run}/best.pt", "--out", f"{run}/evaluate")
-            python(session, "-m", f"{method}.predict", f"{run}/best.pt", f"{folder}/shapes", "--out", f"{run}/predict")
+            train = ("--preset", "quick", "--data", data, "--steps", "4", *small, "--out", run)
+            python(session, "-m", f"{method}.train", *train)
+            python(session, "-m", f"{method}.evaluate", f"{run}/best.pt", "--split", "test")
+            python(session, "-m", f"{method}.predict", f"{run}/best.pt", f"{data}/test")
 
 
 @nox.session

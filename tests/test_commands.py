@@ -1,0 +1,98 @@
+"""What every method's commands have in common: they answer at once, and a mistake is one line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.consistency
+
+ROOT = Path(__file__).parents[1]
+METHODS = sorted({path.parent.name for path in ROOT.glob("*/config.py")} - {"core"})
+COMMANDS = ("train", "evaluate", "predict")
+HEAVY = (  # runs a module as `python -m` does, then tells which heavy packages it has loaded
+    "import runpy, sys\n"
+    "name, *sys.argv[1:] = sys.argv[1:]\n"
+    "try:\n"
+    "    runpy.run_module(name, run_name='__main__', alter_sys=True)\n"
+    "finally:\n"
+    "    loaded = {'torch', 'numpy', 'torchvision'} & set(sys.modules)\n"
+    "    print('loaded:', *sorted(loaded))\n"
+)
+
+
+def answer(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a module with arguments, in the repository; the last line of stdout names the heavy packages it loaded."""
+    return subprocess.run(
+        [sys.executable, "-c", HEAVY, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_without_torch(method: str, command: str) -> None:
+    result = answer(f"{method}.{command}", "--help")
+    assert result.returncode == 0, result.stderr
+    assert f"python -m {method}.{command}" in result.stdout
+    assert result.stdout.splitlines()[-1] == "loaded:"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dry_run_prints_the_configuration_without_torch(method: str) -> None:
+    result = answer(f"{method}.train", "--preset", "quick", "--seed", "3", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^seed: 3\b", result.stdout, flags=re.MULTILINE)
+    assert result.stdout.splitlines()[-1] == "loaded:"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("train", "--preset", "quik"), "'quick'"),
+        (("train", "--batchsize", "4"), "'--batch-size'"),
+        (("train", "--geometry", "modren"), "'modern'"),
+        (("train", "--batch-size", "0"), "batch_size"),
+        (("evaluate", "a.pt", "--splt", "val"), "'--split'"),
+        (("predict", "a.pt", "b.jpg", "--scor", "0.5"), "'--score'"),
+    ],
+)
+def test_mistake_is_one_line_that_names_the_nearest(method: str, arguments: tuple[str, ...], names: str) -> None:
+    command, *flags = arguments
+    result = answer(f"{method}.{command}", *flags)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert names in result.stderr
+    assert result.stdout == "loaded:\n"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_missing_weights_are_one_line(method: str, command: str, tmp_path: Path) -> None:
+    image = () if command == "evaluate" else ("photo.jpg",)
+    result = answer(f"{method}.{command}", str(tmp_path / "none.pt"), *image)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {tmp_path / 'none.pt'}")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_missing_data_says_where_to_get_it_and_what_to_try(method: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = answer(f"{method}.train", "--data", str(tmp_path / "coco"), "--out", str(out))
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert str(tmp_path / "coco") in result.stderr
+    assert "--data shapes" in result.stderr
+    assert not out.exists()
+
+
+def test_readme_and_continuous_integration_run_the_same_command() -> None:
+    blocks = re.findall(r"```bash\n(.*?)\n```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks[0].endswith("python -m paa.train --preset quick")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert f"{{ {blocks[1]}; }} 2>&1" in script
