@@ -147,22 +147,23 @@ def _deform(stage: nn.Sequential, offset_groups: int) -> None:
         block.conv2 = deformable(block.conv2, offset_groups)
 
 
-def load_backbone_weights(backbone: ResNetBackbone, source: str, config: TrainConfig, *, download: bool = True) -> None:
+def load_backbone_weights(backbone: ResNetBackbone, source: str, config: TrainConfig) -> None:
     """Fill a backbone with ImageNet weights. Offsets of deformable convolutions keep their start.
 
     Args:
         backbone: made by `build_backbone(config)`; unchanged when an error is raised.
-        source: `imagenet` (torchvision's, through its download cache), `none`, or a file of torchvision's layout (.pth
-            or .safetensors; half precision is converted). Profile `official` wants a file with Caffe2's weights.
+        source: `cached` (torchvision's, already in torch's cache folder), `imagenet` (the same, downloaded if it is not
+            there), `none`, or a file of torchvision's layout (.pth or .safetensors; half precision is converted).
+            Profile `official` wants a file with Caffe2's weights.
         config: names the backbone and the profile.
-        download: fetch torchvision's file when it is not in the cache.
 
     Raises:
         UserError: file missing, unreadable, or of another network; no connection; weights that do not fit the profile.
     """
     if source == "none":
         return
-    state = imagenet_weights(config, download) if source == "imagenet" else read_weights(Path(source))
+    named = source in ("cached", "imagenet")
+    state = imagenet_weights(config, download=source == "imagenet") if named else read_weights(Path(source))
     prefix = f"backbone_weights {source} for {config.backbone}"
     state = {key: value for key, value in state.items() if not key.startswith("fc.") and not _is_counter(key)}
     _check_weights(state, backbone.state_dict(), prefix)

@@ -35,7 +35,7 @@ class TrainConfig:
     geometry: GeometryName = "modern"  # box convention, see core/geometry.py
     profile: ProfileName = "ours"  # whose implementation to follow, see core/profiles.py
     backbone: BackboneName = "resnet50"  # network below the pyramid
-    backbone_weights: str = "imagenet"  # torchvision's ImageNet weights, a file of the same layout, or none
+    backbone_weights: str = "cached"  # torchvision's ImageNet weights: cached, or imagenet to download; a file; none
     dcn_stages: tuple[int, ...] = ()  # backbone stages 2..5 (C2..C5) whose 3x3 become modulated deformable
     dcn_groups: int = 1  # offset groups of those
     dcn_tower: bool = False  # the last convolution of both towers becomes modulated deformable

@@ -14,12 +14,14 @@ import tokenize
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from core.config import TrainConfig
 from core.errors import UserError, nearest
+
+ConfigType = TypeVar("ConfigType", bound=TrainConfig)
 
 
 class FieldInfo(NamedTuple):
@@ -171,16 +173,32 @@ def read_yaml(path: str | Path, cls: type[TrainConfig]) -> dict[str, Any]:
     Raises:
         UserError: for a missing or malformed file, an unknown field (naming the nearest) or a value of the wrong type.
     """
+    return _convert_fields(_read_mapping(Path(path)), cls, str(path))
+
+
+def config_from_values(values: Mapping[object, object], cls: type[ConfigType], source: str) -> ConfigType:
+    """A configuration from the plain values that a checkpoint holds.
+
+    Raises:
+        UserError: for an unknown field, a value of the wrong type, or fields that contradict each other.
+    """
+    try:
+        return cls(**_convert_fields(values, cls, source))
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _convert_fields(values: Mapping[object, object], cls: type[TrainConfig], source: str) -> dict[str, Any]:
     fields = {field.name: field for field in describe_fields(cls)}
-    values = {}
-    for key, value in _read_mapping(Path(path)).items():
+    converted = {}
+    for key, value in values.items():
         if key not in fields:
-            raise UserError(f"{path}: unknown field {key!r}{nearest(str(key), fields)}")
+            raise UserError(f"{source}: unknown field {key!r}{nearest(str(key), fields)}")
         try:
-            values[str(key)] = convert(value, fields[str(key)].annotation)
+            converted[str(key)] = convert(value, fields[str(key)].annotation)
         except ValueError as error:
-            raise UserError(f"{path}: {key} {error}") from None
-    return values
+            raise UserError(f"{source}: {key} {error}") from None
+    return converted
 
 
 def _read_mapping(path: Path) -> Mapping[object, object]:

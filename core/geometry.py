@@ -1,8 +1,8 @@
 """The two box conventions (imports no torch: configurations need it).
 
 `modern` measures a box as x2 - x1 and centres the anchor of column j at j * stride. `legacy`, the convention of
-maskrcnn-benchmark, counts the last pixel too (x2 - x1 + 1) and centres it at (j + 0.5) * stride. Weights trained with one
-are wrong with the other, so the name travels in every checkpoint.
+maskrcnn-benchmark, counts the last pixel too (x2 - x1 + 1) and centres it at (j + 0.5) * stride. Weights trained with
+one are wrong with the other, so the name travels in every checkpoint.
 """
 
 from typing import Literal, NamedTuple

@@ -1,0 +1,42 @@
+"""The command lines of `evaluate` and `predict`, the same for every method (imports no torch)."""
+
+from pathlib import Path
+
+from core.cli import OneLineParser
+
+
+def evaluate_parser(method: str) -> OneLineParser:
+    """`python -m <method>.evaluate WEIGHTS [--data D] [--split val]`."""
+    parser = OneLineParser(
+        prog=f"python -m {method}.evaluate",
+        description="The 12 COCO numbers of a trained model; also writes metrics.json and detections.json.",
+    )
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="checkpoint, such as runs/.../best.pt")
+    parser.add_argument("--data", help="COCO folder, dataset YAML or shapes; default: what the model was trained on")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="val", help="default: val")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: WEIGHTS' folder + /evaluate-<split>")
+    parser.add_argument("--backend", choices=("faster", "pycocotools"), default="faster", help="who computes AP")
+    _add_hardware(parser)
+    return parser
+
+
+def predict_parser(method: str) -> OneLineParser:
+    """`python -m <method>.predict WEIGHTS IMAGE|FOLDER... [--score 0.3]`."""
+    parser = OneLineParser(
+        prog=f"python -m {method}.predict",
+        description="Draws a trained model's detections into images and writes them all to predictions.json.",
+    )
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="checkpoint, such as runs/.../best.pt")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or shapes")
+    parser.add_argument("--out", type=Path, help="folder of the pictures; default: WEIGHTS' folder + /predictions")
+    parser.add_argument("--score", type=float, default=0.3, help="lowest score that is drawn and written; default: 0.3")
+    _add_hardware(parser)
+    return parser
+
+
+def _add_hardware(parser: OneLineParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--workers", type=int, help="loader processes")
+    parser.add_argument("--batch-size", type=int, help="images of a forward over all processes")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the network")
+    parser.add_argument("--deterministic", action="store_true", help="one image per forward, deterministic kernels")

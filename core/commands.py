@@ -1,0 +1,236 @@
+"""What `evaluate` and `predict` do, the same for every method: each hands in its model and post-processing."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from core import checkpoint, distributed
+from core.anchors import SIZE_DIVISOR
+from core.config import TrainConfig
+from core.configfile import config_from_values
+from core.data.images import read_image
+from core.data.sources import open_data
+from core.data.table import Category, Table
+from core.data.transforms import resize, resized_sizes
+from core.draw import draw_detections
+from core.errors import UserError
+from core.evaluator import METRICS, evaluate_boxes, ground_truth_from_table, write_detections
+from core.inference import Detect, check_categories, detect_batch, detect_table
+from core.runlog import write_json
+from core.train import seed_everything
+from core.types import Batch, Detections
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+SHAPES_SHOWN = 8  # images that `predict shapes` draws
+
+Config = TypeVar("Config", bound=TrainConfig)
+BuildModel = Callable[[Any, int], nn.Module]  # (config, number of classes)
+
+
+class Trained(NamedTuple):
+    """A model with its weights, in evaluation mode, and what its checkpoint says about it."""
+
+    model: nn.Module
+    config: Any  # the method's configuration, with the command line's hardware options
+    categories: tuple[Category, ...]
+
+
+def evaluate(
+    arguments: argparse.Namespace, method: str, config_type: type[Config], build: BuildModel, detect: Detect
+) -> dict[str, float]:
+    """The 12 COCO numbers of a checkpoint on a split; printed, and written with all detections into a folder.
+
+    Args:
+        arguments: of `core.arguments.evaluate_parser`.
+        method: package name that the checkpoint must carry.
+        config_type: the method's configuration.
+        build: makes the method's model.
+        detect: the method's post-processing; gets `config=`.
+
+    Raises:
+        UserError: weights or data that are missing, damaged or do not fit each other.
+    """
+    with distributed.process_group(arguments.device) as device:
+        trained = load_trained(arguments, method, config_type, build, device)
+        data = open_data(arguments.data or trained.config.data, trained.config.seed, splits=(arguments.split,))
+        table = data.split(arguments.split)
+        check_categories(table, trained.categories, str(arguments.weights))
+        detect = partial(detect, config=trained.config)
+        found = detect_table(trained.model, detect, table, trained.config, device)
+        if not distributed.is_main():
+            return {}
+        result = evaluate_boxes(ground_truth_from_table(table), found, arguments.backend)
+        out = arguments.out or arguments.weights.parent / f"evaluate-{arguments.split}"
+        out.mkdir(parents=True, exist_ok=True)
+        write_detections(out / "detections.json", found)
+        names = {category.id: category.name for category in table.categories}
+        per_class = {names[number]: ap for number, ap in result.category_ap.items()}
+        facts = {"weights": str(arguments.weights), "data": data.name, "split": arguments.split}
+        write_json(out / "metrics.json", {**result.metrics, "per_class_AP": per_class, **facts})
+        print(f"{len(found.scores)} detections on {len(table)} images of {data.name} {arguments.split}")
+        for name, value in result.metrics.items():
+            print(f"{name:<6} {'none' if value < 0 else f'{value:.4f}'}   {METRICS[name]}")
+        print(f"written to {out}")
+    return result.metrics
+
+
+def predict(
+    arguments: argparse.Namespace, method: str, config_type: type[Config], build: BuildModel, detect: Detect
+) -> None:
+    """Draw detections into copies of images and write them to `predictions.json`. Arguments as of `evaluate`."""
+    if not 0 <= arguments.score <= 1:
+        raise UserError(f"--score must be in [0, 1], got {arguments.score}")
+    device = distributed.pick_device(arguments.device)
+    trained = load_trained(arguments, method, config_type, build, device)
+    detect = partial(detect, config=trained.config)
+    names = [category.name for category in trained.categories]
+    out = arguments.out or arguments.weights.parent / "predictions"
+    sources = list(find_images(arguments.images, trained.config))
+    out.mkdir(parents=True, exist_ok=True)
+    records = []
+    for source, target in zip(tqdm(sources, disable=not sys.stderr.isatty()), output_names(sources), strict=True):
+        image = source.read()
+        boxes, scores, labels = detect_image(trained.model, detect, image, trained.config, device)
+        keep = scores >= arguments.score
+        boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+        draw_detections(image, boxes, scores, labels, names).save(out / target)
+        records.append(prediction_record(source.name, target, image, boxes, scores, labels, trained.categories))
+    (out / "predictions.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    count = sum(len(record["detections"]) for record in records)
+    print(f"{count} detections with score {arguments.score:g} or more in {len(records)} images, drawn in {out}")
+
+
+def load_trained(
+    arguments: argparse.Namespace, method: str, config_type: type[Config], build: BuildModel, device: torch.device
+) -> Trained:
+    """The model of a checkpoint on the device, configured as it was trained except for the hardware options."""
+    content = checkpoint.load(arguments.weights, method=method)
+    config = config_from_values(content["config"], config_type, str(arguments.weights))
+    changes = {name: getattr(arguments, name) for name in ("workers", "batch_size", "precision")}
+    changes = {name: value for name, value in changes.items() if value is not None} | {"device": arguments.device}
+    changes |= {"deterministic": True} if arguments.deterministic else {}
+    try:
+        config = dataclasses.replace(config, **changes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    seed_everything(config.seed, deterministic=config.deterministic)
+    categories = tuple(Category(int(number), str(name)) for number, name in content["categories"])
+    model = build(config, len(categories))
+    checkpoint.load_weights(model, content, arguments.weights)
+    model = model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return Trained(model, config, categories)
+
+
+class ImageSource(NamedTuple):
+    """An image to predict on: a name for the report and what reads its pixels."""
+
+    name: str
+    read: Callable[[], np.ndarray]
+
+
+def find_images(arguments: Sequence[str], config: TrainConfig) -> Iterator[ImageSource]:
+    """Files, the images inside folders (sorted, not recursive), and for the word shapes some drawn test images.
+
+    Raises:
+        UserError: for a path that does not exist or a folder without images.
+    """
+    for argument in arguments:
+        path = Path(argument)
+        if argument == "shapes" and not path.exists():
+            table = open_data("shapes", config.seed, splits=("test",)).split("test")
+            yield from (_drawn(table, index) for index in range(min(SHAPES_SHOWN, len(table))))
+        elif path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not files:
+                raise UserError(f"{path}: no images in this folder; looked for {', '.join(IMAGE_SUFFIXES)}")
+            yield from (ImageSource(str(file), partial(read_image, file)) for file in files)
+        elif path.is_file():
+            yield ImageSource(str(path), partial(read_image, path))
+        else:
+            raise UserError(f"{path}: no such image or folder")
+
+
+def _drawn(table: Table, index: int) -> ImageSource:
+    return ImageSource(f"shapes-{index}.png", partial(table.read_image, index))
+
+
+def output_names(sources: Sequence[ImageSource]) -> list[str]:
+    """A file name for each picture: the image's own, with a number where two would be the same."""
+    taken: dict[str, int] = {}
+    names = []
+    for source in sources:
+        stem = Path(source.name).stem
+        taken[stem] = taken.get(stem, 0) + 1
+        names.append(f"{stem}.png" if taken[stem] == 1 else f"{stem}-{taken[stem]}.png")
+    return names
+
+
+@torch.no_grad()
+def detect_image(
+    model: nn.Module, detect: Detect, image: np.ndarray, config: TrainConfig, device: torch.device
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes (n, 4) xyxy in pixels of the image, scores and labels by falling score; RGB bytes (H, W, 3) in."""
+    original = np.array([image.shape[:2]], dtype=np.int64)
+    size = resized_sizes(original, config.short_side, config.long_side, config.switches.truncate_resized)
+    height, width = (int(side) for side in size[0])
+    pixels = torch.zeros(3, *(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in (height, width)), dtype=torch.uint8)
+    pixels[:, :height, :width] = torch.from_numpy(resize(image, (height, width))).permute(2, 0, 1)
+    sizes, originals = torch.from_numpy(size), torch.from_numpy(original)
+    batch = Batch(
+        pixels[None],
+        sizes,
+        torch.zeros(1, 0, 4),
+        torch.zeros(1, 0, dtype=torch.int64),
+        torch.zeros(1, 0, dtype=torch.bool),
+        torch.zeros(1, dtype=torch.int64),
+        originals,
+    )
+    detections = detect_batch(model, detect, batch.to(device), config)
+    return original_boxes(detections, sizes, originals)
+
+
+def original_boxes(
+    detections: Detections, sizes: torch.Tensor, originals: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes of a batch of one in pixels of the image file, with scores and labels."""
+    valid = detections.valid[0].cpu()
+    ratios = (originals / sizes)[0].flip(0).repeat(2)
+    boxes = detections.boxes[0].cpu()[valid] * ratios
+    return boxes.numpy(), detections.scores[0].cpu()[valid].numpy(), detections.labels[0].cpu()[valid].numpy()
+
+
+def prediction_record(
+    name: str,
+    drawn: str,
+    image: np.ndarray,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    categories: Sequence[Category],
+) -> dict[str, Any]:
+    """One image of `predictions.json`: boxes are x1, y1, x2, y2 in pixels of the file."""
+    return {
+        "image": name,
+        "drawn": drawn,
+        "width": image.shape[1],
+        "height": image.shape[0],
+        "detections": [
+            {
+                "box": [round(float(value), 2) for value in box],
+                "score": round(float(score), 4),
+                "category_id": categories[int(label)].id,
+                "name": categories[int(label)].name,
+            }
+            for box, score, label in zip(boxes, scores, labels, strict=True)
+        ],
+    }

@@ -1,0 +1,24 @@
+"""Evaluate PAA.
+
+python -m paa.evaluate runs/paa/quick/best.pt                                # val of the data it was trained on
+python -m paa.evaluate runs/paa/r50_1p5x/best.pt --data data/coco            # COCO val2017
+torchrun --nproc-per-node 8 -m paa.evaluate runs/paa/r50_1p5x/best.pt        # shared out over eight GPUs
+"""
+
+from core import cli
+from core.arguments import evaluate_parser
+from paa.config import Config
+
+
+def main() -> None:
+    """Parse the command line, then evaluate; torch is imported only when there is something to do."""
+    arguments = evaluate_parser("paa").parse_args()
+    from core.commands import evaluate
+    from paa.model import PAA
+    from paa.postprocess import detect
+
+    evaluate(arguments, "paa", Config, PAA, detect)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,63 @@
+"""Train PAA.
+
+python -m paa.train                        # the paper's schedule on COCO
+python -m paa.train --preset quick         # drawn images, CPU, a few minutes
+torchrun --nproc-per-node 8 -m paa.train   # the same run on eight GPUs
+"""
+
+from functools import partial
+
+from core import cli
+from paa.config import PRESETS, Config
+
+
+def main() -> None:
+    """Parse the command line, then train; torch is imported only when there is something to do."""
+    config = cli.parse_config(PRESETS, "paa", "Train PAA on COCO-format images, a dataset YAML or drawn shapes.")
+    train(config)
+
+
+def train(config: Config) -> dict[str, float]:
+    """One run from data to the best model, in the order in which it happens; returns the best metrics on val."""
+    from core import distributed
+    from core.backbone import load_backbone_weights
+    from core.config import total_steps
+    from core.data.loader import train_batches
+    from core.data.sources import open_data
+    from core.inference import describe_run, example_images, load_start_weights, on_validation
+    from core.train import fit, seed_everything
+    from paa.losses import compute_losses
+    from paa.model import PAA
+    from paa.postprocess import detect
+
+    with distributed.process_group(config.device) as device:
+        data = open_data(config.data, config.seed)
+        steps = total_steps(config, len(data.train))
+        seed_everything(config.seed, deterministic=config.deterministic)
+        model = PAA(config, len(data.categories))
+        load_backbone_weights(model.backbone, config.backbone_weights, config)
+        load_start_weights(model, config, "paa")
+        best = fit(
+            model,
+            partial(compute_losses, config=config),
+            lambda start: train_batches(
+                data.train,
+                config,
+                start=start,
+                steps=steps,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+            ),
+            on_validation(partial(detect, config=config), data.val, config, device),
+            config,
+            steps=steps,
+            device=device,
+            metadata=describe_run("paa", data, config),
+        )
+        if distributed.is_main():
+            print(f"draw its detections: python -m paa.predict {config.out}/best.pt {example_images(data)}")
+    return best
+
+
+if __name__ == "__main__":
+    cli.run(main)
