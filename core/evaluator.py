@@ -177,7 +177,7 @@ def _check_detections(ground_truth: GroundTruth, detections: DetectionArrays, so
 
 def _check_finite(source: str, what: str, **fields: Float64[np.ndarray, "..."]) -> None:
     for name, values in fields.items():
-        rows = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))
+        rows = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
         if len(rows):
             row = int(rows[0])
             raise UserError(f"{source}: {what} {row} has {name} {values[row].tolist()}; it must be finite")
