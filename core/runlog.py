@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -45,7 +45,7 @@ class RunLog:
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=self.quiet, dynamic_ncols=True, smoothing=0.05)
         self.restart_clock(step)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(
@@ -216,10 +216,13 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     names = [key for key in train[0] if key.startswith("loss")] if train else []
     _plot_losses(losses, train, names)
     _plot_scores(scores, val)
-    rate.plot([row["step"] for row in train], [row["lr"] for row in train], color=COLOURS[0], linewidth=1.6)
+    rate.step([row["step"] for row in train], [row["lr"] for row in train], color=COLOURS[0], linewidth=1.6)
     _style(rate, "Learning rate")
     rate.set_xlabel("step")
     rate.set_ylim(bottom=0)
+    losses.set_xlim(left=0)
+    scores.sharex(losses)
+    rate.sharex(losses)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     temporary = path.with_name(f".{path.name}.part")
     figure.savefig(temporary, dpi=140, format="png")
@@ -244,12 +247,13 @@ def _plot_scores(axes: Any, val: Sequence[Mapping[str, Any]]) -> None:
     for name, colour in zip(names, COLOURS, strict=False):
         values = [row.get(name) for row in val]
         points = [value if value is not None else math.nan for value in values]
-        axes.plot([row["step"] for row in val], points, color=colour, marker="o", markersize=4, linewidth=1.6)
-        axes.annotate(f"{name} {points[-1]:.3f}", (val[-1]["step"], points[-1]), xytext=(6, 0), va="center",
-                      textcoords="offset points", color=colour, fontsize=9, annotation_clip=False)  # fmt: skip
+        style = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.6}
+        axes.plot([row["step"] for row in val], points, label=f"{name} {points[-1]:.3f}", **style)
     _style(axes, "Validation")
     axes.set_ylim(0, 1)
-    if not names:
+    if names:
+        axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=3, columnspacing=1.2, handlelength=1.4)
+    else:
         axes.text(0.5, 0.5, "no evaluation yet", ha="center", va="center", transform=axes.transAxes, color="#888888")
 
 

@@ -93,7 +93,7 @@ def fit(
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
     state = State(model, build_optimizer(model, config), average)
-    facts = {**metadata, "config": asdict(config), "steps": steps}
+    facts = {**metadata, "config": asdict(config), "steps": steps, "commit": commit() if distributed.is_main() else ""}
     resume(state, folder, facts)
     if state.step == steps and state.evaluated == steps:
         _say(f"{folder} is a finished run: {_describe_best(state)}")
