@@ -154,6 +154,15 @@ def test_an_image_without_valid_anchors() -> None:
     assert (iou == 0).all()
 
 
+def test_distances_are_compared_in_float64() -> None:
+    # x is the float32 above 4, so column 1 (x = 8) is nearer than column 0 by a millionth of a pixel; four rows above
+    # the centre both distances are 32.2 px in float32, and the lower number would come first
+    x = np.nextafter(np.float32(4), np.float32(5)).item()
+    grid = anchor_grid(((1, 2),), strides=(8,))
+    found = atss_candidates(grid, torch.tensor([[[x, 32, x, 32]]]), torch.tensor([[True]]), MODERN, k=2)
+    assert found.anchor_index.tolist() == [[[1, 0]]]
+
+
 def test_k_must_be_positive() -> None:
     grid = anchor_grid(((1, 1),), strides=(8,))
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
@@ -177,6 +186,14 @@ def test_threshold_is_reached_by_equal_ious() -> None:
     value = torch.rand(50, generator=torch.Generator().manual_seed(0))
     thresholds = adaptive_threshold(value[None, :, None].expand(1, 50, 45), torch.ones(1, 50, 45, dtype=torch.bool))
     assert torch.equal(thresholds[0], value.double())
+
+
+def test_equal_candidates_are_all_positive() -> None:
+    # centre between four cells, 4 px from each in x and y: four equal IoUs, deviation 0, threshold their value
+    grid = anchor_grid(((4, 4),), strides=(8,))
+    targets = padded([torch.tensor([[4.0, 4, 20, 20]])], torch.tensor([[32, 32]]))
+    assignment, _ = assign_atss(grid, targets, MODERN, k=4)
+    assert assignment.positive[0].nonzero()[:, 0].tolist() == [5, 6, 9, 10]
 
 
 def test_one_candidate_has_no_deviation() -> None:
