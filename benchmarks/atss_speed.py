@@ -1,6 +1,8 @@
 """ATSS against its dense form: 300 objects in each of 2 images, 22,400 anchors.
 
     python -m benchmarks.speed atss
+
+Both run in turn on the CPU; the dense form is written as vectorised as it gets, image by image.
 """
 
 import statistics
