@@ -175,16 +175,16 @@ def imagenet_weights(config: TrainConfig, download: bool) -> dict[str, Tensor]:
     weights = ARCHITECTURES[config.backbone].weights
     if config.switches.caffe2_backbone:
         raise UserError(
-            f"backbone_weights imagenet: torchvision's weights do not fit profile {config.profile}'s Caffe2 backbone; "
+            f"backbone_weights: torchvision's weights do not fit profile {config.profile}'s Caffe2 backbone; "
             "give a file with Caffe2's weights or none, or use profile ours"
         )
     if weights is None:
-        raise UserError(f"backbone_weights imagenet: torchvision has none for {config.backbone}; give a file or none")
+        raise UserError(f"backbone_weights: torchvision has none for {config.backbone}; give a file or none")
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     if not cached.exists() and not download:
         raise UserError(
-            f"backbone_weights imagenet: {cached.name} is not in {cached.parent}; "
-            "ask for its download with --backbone-weights imagenet, or give a file or none"
+            f"backbone_weights cached: {cached.name} is not in {cached.parent}; "
+            "download it with --backbone-weights imagenet, or give a file or none"
         )
     if not cached.exists():
         try:
@@ -206,7 +206,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         UserError: no such file, damaged, holding anything but tensors (no pickled code is run).
     """
     if not path.is_file():
-        raise UserError(f"backbone_weights {path}: no such file; give a file, imagenet or none")
+        raise UserError(f"backbone_weights {path}: no such file; give a file, cached, imagenet or none")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

@@ -334,7 +334,9 @@ def test_unreadable_files(
 
 
 def test_missing_file(untouched: ResNetBackbone) -> None:
-    with pytest.raises(UserError, match=r"backbone_weights nowhere.pth: no such file; give a file, imagenet or none"):
+    with pytest.raises(
+        UserError, match=r"backbone_weights nowhere.pth: no such file; give a file, cached, imagenet or none"
+    ):
         load_backbone_weights(untouched, "nowhere.pth", config())
 
 
@@ -372,10 +374,10 @@ def test_imagenet_download(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fields", "source", "message"),
     [
-        ({}, True, r"cannot download resnet18-f37072fd.pth \(<urlopen error .*; give a local file or none"),
-        ({}, False, "resnet18-f37072fd.pth is not in .*--backbone-weights imagenet"),
-        ({"backbone": "resnext152_32x8d"}, True, "torchvision has none for resnext152_32x8d; give a file or none"),
-        ({"profile": "official"}, True, "do not fit profile official's Caffe2 backbone"),
+        ({}, "imagenet", r"cannot download resnet18-f37072fd.pth \(<urlopen error .*; give a local file or none"),
+        ({}, "cached", "resnet18-f37072fd.pth is not in .*--backbone-weights imagenet"),
+        ({"backbone": "resnext152_32x8d"}, "cached", "torchvision has none for resnext152_32x8d; give a file or none"),
+        ({"profile": "official"}, "imagenet", "do not fit profile official's Caffe2 backbone"),
     ],
 )
 def test_no_imagenet(hub: Path, fields: dict[str, Any], source: str, message: str) -> None:
