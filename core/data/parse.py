@@ -59,12 +59,12 @@ class _Category(msgspec.Struct):
 
 
 class Images(NamedTuple):
-    """The image entries of a file, in its order."""
+    """The image entries of a file, in its order; P = N + 1."""
 
     ids: Int64[np.ndarray, " N"]
     heights: Int64[np.ndarray, " N"]
     widths: Int64[np.ndarray, " N"]
-    name_offsets: Int64[np.ndarray, " N+1"]
+    name_offsets: Int64[np.ndarray, " P"]
     name_bytes: UInt8[np.ndarray, " L"]
 
 

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64, UInt8
@@ -33,6 +33,7 @@ class Category(NamedTuple):
     name: str
 
 
+@runtime_checkable
 class ImageReader(Protocol):
     """Where a table's pixels come from: a folder of files, or a program that draws them."""
 
@@ -43,15 +44,15 @@ class ImageReader(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """N images and their M boxes, ordered by image. The arrays are read-only."""
+    """N images and their M boxes, ordered by image; P = N + 1. The arrays are read-only."""
 
     categories: tuple[Category, ...]  # by rising id; the label of a box is its position here
     image_ids: Int64[np.ndarray, " N"]
     heights: Int32[np.ndarray, " N"]
     widths: Int32[np.ndarray, " N"]
-    name_offsets: Int64[np.ndarray, " N+1"]  # file name i is name_bytes[name_offsets[i] : name_offsets[i + 1]], UTF-8
+    name_offsets: Int64[np.ndarray, " P"]  # file name i is name_bytes[name_offsets[i] : name_offsets[i + 1]], UTF-8
     name_bytes: UInt8[np.ndarray, " L"]
-    box_offsets: Int64[np.ndarray, " N+1"]  # boxes of image i are rows box_offsets[i] : box_offsets[i + 1]
+    box_offsets: Int64[np.ndarray, " P"]  # boxes of image i are rows box_offsets[i] : box_offsets[i + 1]
     boxes_xywh: Float64[np.ndarray, "M 4"]  # as annotated: left, top, width, height in pixels
     labels: Int32[np.ndarray, " M"]  # 0..C-1
     crowd: Bool[np.ndarray, " M"]  # a region of many objects: never a target, ignored by the evaluator
@@ -119,7 +120,7 @@ def _rebuild(columns: dict[str, np.ndarray] | None, rest: dict[str, Any]) -> Tab
     return Table(**{**columns, **rest})
 
 
-def pack_names(names: list[str]) -> tuple[Int64[np.ndarray, " N+1"], UInt8[np.ndarray, " L"]]:
+def pack_names(names: list[str]) -> tuple[Int64[np.ndarray, " P"], UInt8[np.ndarray, " L"]]:
     """File names as offsets and one array of UTF-8 bytes."""
     encoded = [name.encode() for name in names]
     lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
@@ -133,7 +134,7 @@ def table_digest(table: Table) -> str:
     for name in COLUMNS:
         array = np.ascontiguousarray(getattr(table, name))
         state.update(f"{name} {array.shape}".encode())
-        state.update(array.view(np.uint8).data if array.size else b"")
+        state.update(_bytes(array))
     return state.hexdigest()
 
 
@@ -205,21 +206,21 @@ def write_table(path: Path, table: Table, key: dict[str, Any]) -> None:
     layout, position, crc = {}, 0, 0
     for name, array in arrays.items():
         layout[name] = [position, len(array)]
-        crc = zlib.crc32(array.view(np.uint8).data if array.size else b"", crc)
-        position = _aligned(position + array.nbytes)
+        crc = zlib.crc32(_bytes(array), crc)
+        crc = zlib.crc32(bytes(-array.nbytes % ALIGNMENT), crc)
+        position += array.nbytes + -array.nbytes % ALIGNMENT
     meta = {"source": table.source, "licence": table.licence, "notes": table.notes, "digest": table.digest}
     content = {"format": FORMAT, "key": key, "meta": meta, "categories": table.categories}
     header = json.dumps(content | {"layout": layout, "bytes": position, "crc": crc}).encode()
+    header += b" " * (-(PREFIX + len(header)) % ALIGNMENT)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(MAGIC + len(header).to_bytes(8, "little") + zlib.crc32(header).to_bytes(4, "little") + header)
-            start = _aligned(PREFIX + len(header))
-            for name, array in arrays.items():
-                file.seek(start + layout[name][0])
-                file.write(array.data)
-            file.truncate(start + position)
+            for array in arrays.values():
+                file.write(_bytes(array))
+                file.write(bytes(-array.nbytes % ALIGNMENT))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -253,17 +254,17 @@ def _map_arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | No
     if zlib.crc32(text) != int.from_bytes(raw[PREFIX - 4 : PREFIX].tobytes(), "little"):
         return None
     header = json.loads(text)  # our own bytes: the check sum agrees
-    data = raw[_aligned(PREFIX + length) :]
-    if header["format"] != FORMAT or len(data) != header["bytes"]:
+    data = raw[PREFIX + length :]
+    if header["format"] != FORMAT or len(data) != header["bytes"] or zlib.crc32(_bytes(data)) != header["crc"]:
         return None
-    columns, crc = {}, 0
+    columns = {}
     for name, (kind, shape) in COLUMNS.items():
         position, count = header["layout"][name]
-        part = data[position : position + count * int(np.prod(shape)) * np.dtype(kind).itemsize]
-        crc = zlib.crc32(part.data if part.size else b"", crc)
-        columns[name] = part.view(kind).reshape(count, *shape)
-    return (header, columns) if crc == header["crc"] else None
+        end = position + count * int(np.prod(shape)) * np.dtype(kind).itemsize
+        columns[name] = data[position:end].view(kind).reshape(count, *shape)
+    return header, columns
 
 
-def _aligned(position: int) -> int:
-    return -(-position // ALIGNMENT) * ALIGNMENT
+def _bytes(array: np.ndarray) -> memoryview | bytes:
+    """The memory of a contiguous array; numpy exports none for an array without elements."""
+    return array.reshape(-1).view(np.uint8).data if array.size else b""
