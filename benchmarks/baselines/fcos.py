@@ -126,13 +126,13 @@ def train(net: FCOS, examples: list[Example], steps: int, batch_size: int, seed:
             print(f"step {step}/{steps}  loss {loss.item():.4f}", flush=True)
 
 
-@torch.no_grad()
 def detect(net: FCOS, table: Table, device: torch.device) -> DetectionArrays:
     """Detections of a split in pixels of the image files."""
     net.eval()
     return concatenate([detect_image(net, table, index, device) for index in range(len(table))])
 
 
+@torch.no_grad()
 def detect_image(net: FCOS, table: Table, index: int, device: torch.device) -> DetectionArrays:
     """Detections of one image of a split; `net` in evaluation mode."""
     (found,) = net([load_example(table, index).image.to(device).float() / 255])

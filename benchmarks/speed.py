@@ -1,0 +1,143 @@
+"""Our routines beside the usual or the obvious way of doing the same, timed in one run.
+
+    python -m benchmarks.speed                                              # all
+    python -m benchmarks.speed paa-mixture atss                             # some
+    python -m benchmarks.speed --out benchmarks/results/speed.json          # kept for the README's table
+
+Each line shows both times, how many times faster ours is, and how many are wanted. Compare only times of one run.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from benchmarks.annotations_speed import measure as measure_annotations
+from benchmarks.atss_speed import atss_case
+from benchmarks.evaluator_speed import evaluator_case, voting_case
+from benchmarks.mixture_speed import mixture_case
+from core import cli
+from core.errors import UserError, nearest
+from core.runlog import environment, write_json
+
+
+class Row(TypedDict):
+    """One comparison."""
+
+    name: str
+    what: str  # the work done by both
+    reference: str  # what ours is compared with
+    reference_ms: float
+    ours_ms: float
+    ratio: float  # reference_ms / ours_ms
+    target: float  # the ratio wanted
+    equal: bool | None  # whether both gave the same result; None where there is none to compare
+    details: dict[str, Any]  # all that was measured
+
+
+def row(case: dict[str, Any], reference: str, target: float) -> Row:
+    """A row from a measured case that holds `name`, `what`, `reference_ms` and `ours_ms`."""
+    return Row(
+        name=case["name"],
+        what=case["what"],
+        reference=reference,
+        reference_ms=case["reference_ms"],
+        ours_ms=case["ours_ms"],
+        ratio=case["reference_ms"] / case["ours_ms"],
+        target=target,
+        equal=case.get("equal"),
+        details=case,
+    )
+
+
+def mixture() -> list[Row]:
+    """PAA's two-component mixtures of 60 and of 300 objects, from losses to positives."""
+    cases = [(mixture_case(60), 40), (mixture_case(300), 70)]
+    return [
+        row(_renamed(case, sklearn_ms="reference_ms", decisions_equal="equal"), "scikit-learn", target)
+        for case, target in cases
+    ]
+
+
+def atss() -> list[Row]:
+    """Plain ATSS with sparse candidates."""
+    return [row(atss_case(), "anchors x objects matrices", 10)]
+
+
+def evaluator() -> list[Row]:
+    """COCO metrics as `core.evaluator` computes them by default."""
+    case: dict[str, Any] = evaluator_case()
+    times = {"ours_ms": case["ours_s"] * 1000, "reference_ms": case["pycocotools_s"] * 1000}
+    return [row(case | times, "pycocotools", 5)]
+
+
+def voting() -> list[Row]:
+    """PAA's score voting."""
+    return [row(voting_case(), "loop over classes and boxes", 1)]
+
+
+def annotations() -> list[Row]:
+    """Opening a COCO-train-sized annotation file the first time and from its cache."""
+    case = measure_annotations()
+    theirs = case["pycocotools_s"] * 1000
+    file = f"{case['file_megabytes']:.0f} MB of annotations"
+    growth = max(case["worker_private_megabytes"].values())
+    first = {"name": "annotations-first", "what": f"{file}, first open", "ours_ms": case["first_open_s"] * 1000}
+    later = {
+        "name": "annotations-later",
+        "what": f"{file}, later opens; a worker that reads all grows by {growth:.0f} MB",
+        "ours_ms": case["later_open_s"] * 1000,
+    }
+    reference = {"reference_ms": theirs}
+    return [row(case | first | reference, "pycocotools", 2), row(case | later | reference, "pycocotools", 100)]
+
+
+BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
+    "paa-mixture": mixture,
+    "atss": atss,
+    "voting": voting,
+    "evaluator": evaluator,
+    "annotations": annotations,
+}
+
+
+def line(result: Row) -> str:
+    """A row as printed: work, both times, ratio and target, and what is wrong."""
+    verdict = "" if result["ratio"] >= result["target"] else ", MISSED"
+    verdict += ", DIFFERENT RESULTS" if result["equal"] is False else ""
+    return (
+        f"{result['what']}\n"
+        f"    {result['reference']} {result['reference_ms']:.2f} ms, ours {result['ours_ms']:.2f} ms: "
+        f"{result['ratio']:.1f} times faster, wanted {result['target']:g}{verdict}"
+    )
+
+
+def main() -> None:
+    """The command."""
+    parser = cli.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(BENCHMARKS)} [all]")
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers and where they come from")
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in BENCHMARKS:
+            raise UserError(f"no benchmark named {name!r}{nearest(name, BENCHMARKS)}")
+    rows = []
+    for name in options.names or BENCHMARKS:
+        for result in BENCHMARKS[name]():
+            print(f"{name}: {line(result)}", flush=True)
+            rows.append(result)
+    if options.out:
+        note = "Data: generated in the benchmarks, no licence."
+        write_json(
+            options.out, environment(torch.device("cpu"), 1, {}) | {"seeds": [0], "licence_note": note, "rows": rows}
+        )
+
+
+def _renamed(case: dict[str, Any], **names: str) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in case.items()}
+
+
+if __name__ == "__main__":
+    cli.run(main)

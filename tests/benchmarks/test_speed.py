@@ -1,0 +1,16 @@
+"""Speed comparisons: what becomes of a measured case."""
+
+from benchmarks import speed
+
+
+def test_row_and_its_line() -> None:
+    case = {"name": "a", "what": "two images", "reference_ms": 30.0, "ours_ms": 2.0, "equal": True, "repeats": 3}
+    row = speed.row(case, "the loop", 10)
+    assert row["ratio"] == 15
+    assert row["details"] == case
+    assert speed.line(row) == "two images\n    the loop 30.00 ms, ours 2.00 ms: 15.0 times faster, wanted 10"
+
+
+def test_missed_target_and_different_results_are_said() -> None:
+    row = speed.row({"name": "a", "what": "", "reference_ms": 3.0, "ours_ms": 1.0, "equal": False}, "", 10)
+    assert speed.line(row).endswith("3.0 times faster, wanted 10, MISSED, DIFFERENT RESULTS")
