@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -190,7 +191,7 @@ def _unpickle(path: str | Path, data: bytes) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if any(word in str(error) for word in ("Unsupported global", "Unsupported class", "unrecognized function")):
+        if re.search("unsupported global|can only create|trying to call", str(error), re.IGNORECASE):
             raise UserError(f"{path}: holds a pickle that would run code when opened; refused") from None
         raise CorruptCheckpoint(f"{path}: not a checkpoint, or a damaged one") from None
     except Exception:  # damaged bytes make torch.load fail in many ways
