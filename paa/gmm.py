@@ -14,10 +14,11 @@ from torch import Tensor
 
 from paa.profiles import Scheme
 
-MAX_STEPS = 100  # of EM; scikit-learn's default, as are the next two
+MAX_STEPS = 100  # of EM; scikit-learn's, as are the next three
 TOLERANCE = 1e-3  # a row stops when its mean log density moves by less
 VARIANCE_FLOOR = 1e-6  # added to each variance
-BLOCK = 4  # EM steps between two looks at which rows have stopped
+MASS_FLOOR = 10 * 2.0**-52  # added to each component's mass, the sum of its responsibilities
+BLOCK = 5  # EM steps between two looks at which rows have stopped; divides MAX_STEPS
 HALF_LOG_2PI = math.log(2 * math.pi) / 2
 
 
@@ -50,19 +51,19 @@ class _Rows(NamedTuple):
     """Rows in work, candidate-major; M is the number of rows that have not been set aside."""
 
     values: Float[Tensor, "K M"]  # 0 where padded
-    share: Float[Tensor, "K M"]  # 1 / number of values, 0 where padded: turns a sum into a mean
-    barrier: Float[Tensor, "K M"]  # 0, or inf where padded: makes a responsibility 0
+    share: Float[Tensor, "K M"]  # 1 / n with n the row's number of values, 0 where padded: turns a sum into a mean
+    barrier: Float[Tensor, "K M"]  # ln n, inf where padded: makes responsibilities shares of the row
+    weight_floor: Float[Tensor, " M"]  # MASS_FLOOR / n
 
 
-class _Fit(NamedTuple):
-    """State of EM. It runs on after a row's stop; `kept` does not."""
+class _State(NamedTuple):
+    """EM after a step."""
 
+    weights: Float[Tensor, "2 1 M"]
+    means: Float[Tensor, "2 1 M"]
+    variances: Float[Tensor, "2 1 M"]
     distances: Float[Tensor, "2 K M"]  # of each value to each mean
-    parameters: Float[Tensor, "3 2 M"]  # weights, means, variances
-    bound: Float[Tensor, " M"]  # mean log density before the last M step
-    kept: Float[Tensor, "3 2 M"]  # parameters of a stopped row at its stop
-    active: Bool[Tensor, " M"]
-    steps: Int[Tensor, " M"]
+    bound: Float[Tensor, " M"]  # mean log density before the step's M part
 
 
 def split_candidates(
@@ -121,14 +122,16 @@ def fit_sorted(values: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"]) -> Mixtu
 @torch.library.custom_op("anchorage::fit_mixture", mutates_args=())
 def _fit_operator(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = _rows(values, mask)
-    fit = _start(rows, mask)
+    fitted = mask.sum(dim=1) > 1
+    state = _start(rows, mask)
+    parameters = torch.cat(state[:3], dim=1).mT.contiguous()
     if values.device.type == "cpu":
-        kept, steps = _run_and_drop(rows, fit)
+        parameters, steps = _run_and_drop(rows, state, parameters, fitted)
     else:
-        fit = _run(rows, fit, MAX_STEPS)
-        kept, steps = fit.kept, fit.steps
-    weights, means, variances = kept.mT.contiguous().unbind()
-    return weights.clone(), means.clone(), variances.clone(), steps
+        _, result, steps, _ = _run(rows, state, MAX_STEPS)
+        parameters, steps = torch.where(fitted[:, None], result, parameters), steps * fitted
+    weights, means, variances = (part.T.contiguous() for part in parameters.unbind(-1))
+    return weights, means, variances, steps
 
 
 @_fit_operator.register_fake
@@ -145,78 +148,78 @@ def _precision(values: Tensor) -> torch.dtype:
 def _rows(values: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"]) -> _Rows:
     inside = mask.T.contiguous()
     values = values.T.masked_fill(~inside, 0).contiguous()
-    barrier = torch.zeros_like(values).masked_fill(~inside, torch.inf)
-    return _Rows(values, inside / inside.sum(dim=0).clamp(min=1).to(values.dtype), barrier)
+    count = inside.sum(dim=0).clamp(min=1).to(values.dtype)
+    barrier = count.log().expand_as(values).masked_fill(~inside, torch.inf)
+    return _Rows(values, inside / count, barrier, MASS_FLOOR / count)
 
 
-def _start(rows: _Rows, mask: Bool[Tensor, "N K"]) -> _Fit:
-    count = mask.sum(dim=1)
-    last = rows.values.gather(0, (count - 1).clamp(min=0)[None])
-    means = torch.cat([rows.values[:1], last])
-    parameters = torch.stack([torch.full_like(means, 0.5), means, torch.ones_like(means)])
-    bound = torch.full_like(means[0], -torch.inf)
-    return _Fit(rows.values - means[:, None], parameters, bound, parameters, count > 1, torch.zeros_like(count))
+def _start(rows: _Rows, mask: Bool[Tensor, "N K"]) -> _State:
+    last = (mask.sum(dim=1) - 1).clamp(min=0)
+    means = torch.stack([rows.values[:1], rows.values.gather(0, last[None])])
+    ones = torch.ones_like(means)
+    return _State(ones / 2, means, ones, rows.values - means, torch.full_like(rows.values[0], -torch.inf))
 
 
-def _run_and_drop(rows: _Rows, fit: _Fit) -> tuple[Float[Tensor, "3 2 N"], Int[Tensor, " N"]]:
-    """EM in blocks; between them the rows that have stopped are set aside."""
-    kept, steps = fit.kept.clone(), fit.steps.clone()
-    index = torch.arange(len(steps))
+def _run_and_drop(
+    rows: _Rows, state: _State, parameters: Float[Tensor, "2 N 3"], fitted: Bool[Tensor, " N"]
+) -> tuple[Float[Tensor, "2 N 3"], Int[Tensor, " N"]]:
+    """EM of the fitted rows in blocks; between them the rows that have stopped are set aside."""
+    parameters, steps = parameters.clone(), torch.zeros(len(fitted), dtype=torch.int64)
+    index, active = torch.arange(len(fitted)), fitted
     for _ in range(0, MAX_STEPS, BLOCK):
-        remaining = fit.active.nonzero()[:, 0]
+        remaining = active.nonzero()[:, 0]
         if len(remaining) == 0:
             break
         if len(remaining) < len(index):
             index = index[remaining]
             rows = _Rows(*(part.index_select(-1, remaining) for part in rows))
-            fit = _Fit(*(part.index_select(-1, remaining) for part in fit))
-        fit = _run(rows, fit, BLOCK)
-        kept[..., index] = fit.kept
-        steps[index] = fit.steps
-    return kept, steps
+            state = _State(*(part.index_select(-1, remaining) for part in state))
+        state, parameters[:, index], taken, active = _run(rows, state, BLOCK)
+        steps[index] += taken
+    return parameters, steps
 
 
-def _run(rows: _Rows, fit: _Fit, steps: int) -> _Fit:
+def _run(
+    rows: _Rows, state: _State, steps: int
+) -> tuple[_State, Float[Tensor, "2 M 3"], Int[Tensor, " M"], Bool[Tensor, " M"]]:
+    """Some EM steps: the last state, each row's parameters at its stop or else the last, its steps, if it goes on."""
+    states = [state]
     for _ in range(steps):
-        fit = _step(rows, fit)
-    return fit
+        states.append(_step(rows, states[-1]))
+    bounds = torch.stack([state.bound for state in states])
+    moving = ((bounds[1:] - bounds[:-1]).abs() >= TOLERANCE).to(torch.int64).cumprod(dim=0).sum(dim=0)
+    taken = (moving + 1).clamp(max=steps)
+    trajectory = torch.stack([torch.cat(state[:3], dim=1) for state in states[1:]])
+    chosen = trajectory.gather(0, (taken - 1).expand(1, 2, 3, -1))[0]
+    return states[-1], chosen.mT, taken, moving == steps
 
 
-def _step(rows: _Rows, fit: _Fit) -> _Fit:
-    """One E and M step of all rows, and the test of the stop rule."""
-    log_joint = _log_joint(fit.parameters, fit.distances)
-    log_density = torch.logaddexp(log_joint[0], log_joint[1])
+def _step(rows: _Rows, state: _State) -> _State:
+    """One E and M step of all rows. Variances are about the new means, a form that cannot cancel."""
+    log_joint = _log_joint(state.weights, state.variances, state.distances)
+    log_density = torch.logaddexp(*log_joint.unbind())
     bound = (log_density * rows.share).sum(dim=0)
     responsibility = (log_joint - (log_density + rows.barrier)).exp()
-    parameters, distances = _maximise(rows.values, responsibility)
-    kept = torch.where(fit.active, parameters, fit.kept)
-    moved = (bound - fit.bound).abs() >= TOLERANCE
-    return _Fit(distances, parameters, bound, kept, fit.active & moved, fit.steps + fit.active)
+    weights = responsibility.sum(dim=1, keepdim=True) + rows.weight_floor
+    means = (responsibility * rows.values).sum(dim=1, keepdim=True) / weights
+    distances = rows.values - means
+    variances = (responsibility * distances.square()).sum(dim=1, keepdim=True) / weights + VARIANCE_FLOOR
+    return _State(weights, means, variances, distances, bound)
 
 
-def _log_joint(parameters: Float[Tensor, "3 2 M"], distances: Float[Tensor, "2 K M"]) -> Float[Tensor, "2 K M"]:
+def _log_joint(
+    weights: Float[Tensor, "2 1 M"], variances: Float[Tensor, "2 1 M"], distances: Float[Tensor, "2 K M"]
+) -> Float[Tensor, "2 K M"]:
     """ln(w_k N(x_i; mu_k, v_k)), a term of Eq. 4, without its constant -ln(2 pi) / 2."""
-    weights, _, variances = parameters
-    precision_root = variances.rsqrt()
-    standardised = distances * precision_root[:, None]
-    return torch.addcmul((weights * precision_root).log()[:, None], standardised, standardised, value=-0.5)
-
-
-def _maximise(
-    values: Float[Tensor, "K M"], responsibility: Float[Tensor, "2 K M"]
-) -> tuple[Float[Tensor, "3 2 M"], Float[Tensor, "2 K M"]]:
-    """Weights, means and variances from responsibilities; the variance about the new mean, which cannot cancel."""
-    mass = responsibility.sum(dim=1) + 10 * torch.finfo(values.dtype).eps
-    means = (responsibility * values).sum(dim=1) / mass
-    distances = values - means[:, None]
-    variances = (responsibility * distances.square()).sum(dim=1) / mass + VARIANCE_FLOOR
-    return torch.stack([mass / mass.sum(dim=0), means, variances]), distances
+    scale = variances.rsqrt()
+    standardised = distances * scale
+    return torch.addcmul((weights * scale).log(), standardised, standardised, value=-0.5)
 
 
 def predict(mixture: Mixture, values: Float[Tensor, "N K"]) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"]]:
     """Likelier component (0 on a tie) and log density of every value (Eq. 4)."""
-    parameters = torch.stack(mixture[:3]).mT
-    log_joint = _log_joint(parameters, values.T - parameters[1][:, None])
+    weights, means, variances = (part.T[:, None] for part in mixture[:3])
+    log_joint = _log_joint(weights, variances, values.T - means)
     log_density = torch.logaddexp(log_joint[0], log_joint[1]) - HALF_LOG_2PI
     return (log_joint[1] > log_joint[0]).to(torch.int64).T, log_density.T
 
