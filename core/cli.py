@@ -95,7 +95,7 @@ def resolve(
     """
     name = flags.get("preset") or from_file.get("preset") or next(iter(presets))
     if name not in presets:
-        raise UserError(f"unknown preset {name!r}{nearest(name, presets)}; there are {', '.join(presets)}")
+        raise UserError(f"unknown preset {name!r}, there are {', '.join(presets)}{nearest(name, presets)}")
     changes = {**_one_length(from_file), **_one_length(flags), "preset": name}
     config = dataclasses.replace(presets[name], **changes)
     return config if config.out else dataclasses.replace(config, out=default_out(config, method, presets[name].data))

@@ -1,0 +1,131 @@
+"""Configurations: impossible ones, and the YAML file of a run."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.config import TrainConfig, total_steps
+from core.configfile import convert, describe_fields, read_yaml, to_yaml
+from core.errors import UserError
+
+CONFIG = TrainConfig(steps=10)
+
+
+def read(tmp_path: Path, text: str) -> dict[str, Any]:
+    (tmp_path / "c.yaml").write_text(text)
+    return read_yaml(tmp_path / "c.yaml", TrainConfig)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lr": 1e-05, "epochs": 2.0, "steps": None},
+        {"dcn_stages": (3, 4), "milestones": (1 / 3,), "out": "a # b", "data": "C: x\\y", "weights": "no"},
+        {"data": "日本/é ", "backbone_weights": "1.5", "milestones": ()},
+        {"data": "x" * 300 + " " + "y" * 300},
+    ],
+)
+def test_yaml_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = replace(CONFIG, **changes)
+    values = read(tmp_path, to_yaml(config))
+    assert TrainConfig(**values) == config
+    assert values == asdict(config)
+
+
+def test_hand_written_numbers(tmp_path: Path) -> None:
+    values = read(tmp_path, "lr: 1e-4\nwarmup_factor: 1/3\nsteps: 90_000\nmilestones: [2/3, 0.9]\nepochs: null\n")
+    assert values == {"lr": 1e-4, "warmup_factor": 1 / 3, "steps": 90_000, "milestones": (2 / 3, 0.9), "epochs": None}
+    assert read(tmp_path, "") == {}
+    assert read(tmp_path, "# nothing\n") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", "c.yaml: unknown field 'stepz'; did you mean 'steps'?"),
+        ("7: 3", "c.yaml: unknown field 7"),
+        ("steps: many", "c.yaml: steps must be a whole number, got 'many'"),
+        ("steps: true", "c.yaml: steps must be a whole number, got True"),
+        ("steps: [3]", "c.yaml: steps must be a whole number, got [3]"),
+        ("lr: .inf", "c.yaml: lr must be a number, got inf"),
+        ("lr: 1e999999999", "c.yaml: lr must be a number, got '1e999999999'"),
+        ("compile: 1", "c.yaml: compile must be true or false, got 1"),
+        ("milestones: 0.5", "c.yaml: milestones must be a list, got 0.5"),
+        ("profile: our", "c.yaml: profile must be one of ours, mmdet, official, got 'our'; did you mean 'ours'?"),
+        ("data: null", "c.yaml: data must be text, got None; put it in quotes"),
+        ("batch_size: null", "c.yaml: batch_size must be a whole number, got None"),
+        ("- a\n- b", "c.yaml: must hold lines of the form `field: value`, got a list"),
+        ("just words", "c.yaml: must hold lines of the form `field: value`, got a str"),
+        ("a: [1", "c.yaml, line 1: not a YAML file of fields: expected ',' or ']', but got '<stream end>'"),
+        ("seed: 1\nlr: 2\nseed: 3", "c.yaml, line 1: not a YAML file of fields: 'seed' is set twice"),
+        ("data: &a x\nout: *a", "c.yaml, line 2: not a YAML file of fields: aliases are not allowed"),
+        ("data: !!python/object/apply:os.system [true]", "c.yaml, line 1: not a YAML file of fields: could not"),
+        ("[" * 100_000, "c.yaml: not a YAML file of fields: maximum recursion depth exceeded"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, text)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such configuration file"):
+        read_yaml(tmp_path / "absent.yaml", TrainConfig)
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        read_yaml(tmp_path, TrainConfig)
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match="not a YAML file"):
+        read_yaml(tmp_path / "b.yaml", TrainConfig)
+
+
+def test_convert_by_hand() -> None:
+    assert convert("2/3", float) == 2 / 3
+    assert convert("none", float | None) is None
+    assert convert(3, float) == 3.0
+    assert isinstance(convert(3, float), float)
+    assert convert("-4", int) == -4
+    assert convert(12345678901234567890, int) == 12345678901234567890
+
+
+def test_fields_have_sections_and_meanings() -> None:
+    fields = {field.name: field for field in describe_fields(TrainConfig)}
+    assert fields["data"].section == "data"
+    assert fields["workers"].section == "hardware"
+    assert fields["batch_size"].meaning == "images over all ranks"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 1.0}, "exactly one of steps and epochs"),
+        ({"steps": None}, "exactly one of steps and epochs"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": None, "epochs": 0.0}, "epochs must be above 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"short_side": 1400}, "short_side 1400 is larger than long_side 1333"),
+        ({"short_side_min": 900}, "short_side_min must be 0 to short_side 800"),
+        ({"channels": 100}, "channels must be a multiple of 32"),
+        ({"frozen_stages": 6}, "frozen_stages must be 0 to 5"),
+        ({"dcn_stages": (1,)}, "dcn_stages must be among 2, 3, 4, 5"),
+        ({"milestones": (0.9, 0.5)}, "milestones must be rising fractions"),
+        ({"milestones": (60000.0,)}, "milestones must be rising fractions"),
+        ({"workers": -1}, "must not be negative"),
+        ({"ema": 1.0}, "ema must be in"),
+    ],
+)
+def test_impossible_configurations(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **changes)
+
+
+def test_derived_values_by_hand() -> None:
+    assert replace(CONFIG, batch_size=8).learning_rate == 0.005  # 0.01 * 8 / 16
+    assert replace(CONFIG, batch_size=8, lr=0.02).learning_rate == 0.02
+    assert total_steps(CONFIG, 1000) == 10
+    assert total_steps(TrainConfig(epochs=12.0), 117_266) == 87_950  # 12 * 117266 / 16 = 87949.5
+    assert total_steps(TrainConfig(epochs=0.01), 10) == 1
