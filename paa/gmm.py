@@ -114,13 +114,15 @@ def fit_sorted(values: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"]) -> Mixtu
             finite gives no sensible mixture, but leaves the other rows alone.
         mask: True on a row's first entries. Rows with fewer than two values are not fitted.
     """
-    weights, means, variances, steps = _fit_operator(values.to(_precision(values)), mask)
+    parameters, steps = _fit_operator(values.to(_precision(values)), mask)
+    weights, means, variances = parameters.permute(2, 1, 0)
     return Mixture(weights, means, variances, steps)
 
 
 # An operator of its own, so that torch.compile calls it instead of unrolling a hundred steps into the graph.
 @torch.library.custom_op("anchorage::fit_mixture", mutates_args=())
-def _fit_operator(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fit_operator(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Parameters (2, N, 3) and steps (N,) of `fit_sorted`."""
     rows = _rows(values, mask)
     fitted = mask.sum(dim=1) > 1
     state = _start(rows, mask)
@@ -130,14 +132,12 @@ def _fit_operator(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor,
     else:
         _, result, steps, _ = _run(rows, state, MAX_STEPS)
         parameters, steps = torch.where(fitted[:, None], result, parameters), steps * fitted
-    weights, means, variances = (part.T.contiguous() for part in parameters.unbind(-1))
-    return weights, means, variances, steps
+    return parameters, steps
 
 
 @_fit_operator.register_fake
-def _(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights, means, variances = (values.new_empty(len(values), 2) for _ in range(3))
-    return weights, means, variances, values.new_empty(len(values), dtype=torch.int64)
+def _(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return values.new_empty(2, len(values), 3), values.new_empty(len(values), dtype=torch.int64)
 
 
 def _precision(values: Tensor) -> torch.dtype:
