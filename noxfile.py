@@ -61,7 +61,7 @@ def smoke(session: nox.Session) -> None:
         python(session, "-m", "core.data", "shapes", data, "--train", "8", "--val", "4", "--test", "2")
         for method in METHODS:
             run = f"{folder}/{method}"
-            small = ("--channels", "32", "--short-side", "96", "--long-side", "128", "--batch-size", "2")
+            small = ("--channels", "64", "--short-side", "96", "--long-side", "128", "--batch-size", "2")
             train = ("--preset", "quick", "--data", data, "--steps", "4", *small, "--out", run)
             python(session, "-m", f"{method}.train", *train)
             python(session, "-m", f"{method}.evaluate", f"{run}/best.pt", "--split", "test")
