@@ -6,6 +6,8 @@ Two treatments, by `config.switches.caffe2_backbone` (spec PAA sections 0, 1 and
   after the frozen stages.
 - Caffe2's (Detectron) weights: stride in the 1x1 for ResNet, in the 3x3 for ResNeXt; batch norm without epsilon, never
   trained.
+
+Without weights a backbone learns with ordinary batch norm instead (`config.norm`); its statistics are each rank's own.
 """
 
 import pickle
@@ -91,13 +93,13 @@ def build_backbone(config: TrainConfig) -> ResNetBackbone:
     """
     architecture = ARCHITECTURES[config.backbone]
     caffe2 = config.switches.caffe2_backbone
-    norm = partial(FrozenBatchNorm, eps=0.0 if caffe2 else 1e-5, trainable=not caffe2)
+    frozen = partial(FrozenBatchNorm, eps=0.0 if caffe2 else 1e-5, trainable=not caffe2)
     network = ResNet(
         architecture.block,
         list(architecture.depths),
         groups=architecture.groups,
         width_per_group=architecture.width_per_group,
-        norm_layer=norm,
+        norm_layer=frozen if config.norm == "frozen" else nn.BatchNorm2d,
         zero_init_residual=not caffe2,
     )
     backbone = ResNetBackbone(network)
@@ -166,7 +168,8 @@ def load_backbone_weights(backbone: ResNetBackbone, source: str, config: TrainCo
     state = imagenet_weights(config, download=source == "imagenet") if named else read_weights(Path(source))
     prefix = f"backbone_weights {source} for {config.backbone}"
     state = {key: value for key, value in state.items() if not key.startswith("fc.") and not _is_counter(key)}
-    _check_weights(state, backbone.state_dict(), prefix)
+    wanted = {key: value for key, value in backbone.state_dict().items() if not _is_counter(key)}
+    _check_weights(state, wanted, prefix)
     backbone.load_state_dict(state, strict=False)
 
 

@@ -36,6 +36,7 @@ class TrainConfig:
     profile: ProfileName = "ours"  # whose implementation to follow, see core/profiles.py
     backbone: BackboneName = "resnet50"  # network below the pyramid
     backbone_weights: str = "cached"  # torchvision's ImageNet weights: cached, or imagenet to download; a file; none
+    norm: Literal["frozen", "batch"] = "frozen"  # backbone's batch norm: stored statistics, or learned from scratch
     dcn_stages: tuple[int, ...] = ()  # backbone stages 2..5 (C2..C5) whose 3x3 become modulated deformable
     dcn_groups: int = 1  # offset groups of those
     dcn_tower: bool = False  # the last convolution of both towers becomes modulated deformable
@@ -92,6 +93,11 @@ class TrainConfig:
             raise ValueError(f"channels must be a multiple of 32 (GroupNorm's groups), got {self.channels}")
         if not 0 <= self.frozen_stages <= 5:
             raise ValueError(f"frozen_stages must be 0 to 5, got {self.frozen_stages}")
+        if self.norm == "batch" and (self.frozen_stages or self.switches.caffe2_backbone):
+            raise ValueError(
+                f"norm batch trains every stage of a backbone of profile ours or mmdet, got frozen_stages"
+                f" {self.frozen_stages} and profile {self.profile}"
+            )
         if not set(self.dcn_stages) <= {2, 3, 4, 5}:
             raise ValueError(f"dcn_stages must be among 2, 3, 4, 5, got {self.dcn_stages}")
         if list(self.milestones) != sorted(self.milestones) or not all(0 < m <= 1 for m in self.milestones):

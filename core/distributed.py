@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import UserError
 
@@ -124,6 +124,13 @@ def broadcast(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every rank the main rank's buffers: trained batch norm counts per rank, but one model is evaluated."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def barrier() -> None:

@@ -264,6 +264,7 @@ def write_log(state: State, lr: float, log: RunLog | None) -> None:
 
 def validate(state: State, evaluate: Evaluate, folder: Path, facts: Mapping[str, Any], log: RunLog | None) -> None:
     """Evaluate, keep the model if it is the best so far, and save. Every rank must call it."""
+    distributed.broadcast_buffers(state.model)
     model = state.model
     if state.average is not None:
         model = state.average
