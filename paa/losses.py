@@ -16,9 +16,7 @@ from paa.model import Outputs
 from paa.profiles import PAA_PROFILES
 
 
-def compute_losses(
-    outputs: Outputs, targets: Targets, step: int, steps: int, *, config: Config
-) -> dict[str, Tensor]:
+def compute_losses(outputs: Outputs, targets: Targets, step: int, steps: int, *, config: Config) -> dict[str, Tensor]:
     """Assignment and the three terms of Eq. 8, in float32 also under autocast.
 
     `step` and `steps` are part of every method's signature; PAA's loss is the same all through a run.
@@ -44,6 +42,7 @@ def assign(outputs: Outputs, targets: Targets, config: Config) -> Assignment:
         targets,
         geometry=config.box_geometry,
         profile=PAA_PROFILES[config.profile],
+        clamp_both_sides=config.switches.clamp_both_sides,
         topk=config.topk,
         threshold=config.prematch_iou,
         scheme=config.scheme,
@@ -51,9 +50,7 @@ def assign(outputs: Outputs, targets: Targets, config: Config) -> Assignment:
     )
 
 
-def assigned_losses(
-    outputs: Outputs, targets: Targets, assignment: Assignment, config: Config
-) -> dict[str, Tensor]:
+def assigned_losses(outputs: Outputs, targets: Targets, assignment: Assignment, config: Config) -> dict[str, Tensor]:
     """The three terms of Eq. 8 for a given assignment.
 
     Sums run over all anchors with weight 0 where a term does not apply, so that shapes are fixed and a batch without

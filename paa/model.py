@@ -30,9 +30,7 @@ class PAA(nn.Module):
         self.geometry = config.box_geometry
         self.caffe2_pixels = config.switches.caffe2_backbone
         self.backbone = build_backbone(config)
-        self.fpn = FPN(
-            self.backbone.out_channels, config.channels, relu_before_p7=config.switches.relu_before_p7
-        )
+        self.fpn = FPN(self.backbone.out_channels, config.channels, relu_before_p7=config.switches.relu_before_p7)
         self.head = ParallelHead(
             config.channels, num_classes, tower_bias=config.switches.tower_bias, dcn_tower=config.dcn_tower
         )

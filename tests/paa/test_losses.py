@@ -1,0 +1,274 @@
+"""PAA's loss against both originals, by hand, and at its edges."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from core.anchors import anchor_grid, level_shapes
+from core.geometry import GEOMETRIES
+from core.heads import ParallelHead
+from core.types import BACKGROUND, IGNORED, Assignment, Targets
+from paa.config import Config
+from paa.losses import assigned_losses, compute_losses, normalisers
+from paa.model import Outputs
+from tests.conftest import golden_arrays
+from tests.core.renaming import from_mmdet, from_official_head
+
+Arrays = dict[str, np.ndarray]
+CANVAS = (128, 160)
+LEVELS = [320, 80, 20, 6, 2]
+MMDET = Config(profile="mmdet")
+OFFICIAL = Config(profile="official", geometry="legacy")
+
+
+def golden_targets(arrays: Arrays, case: str) -> Targets:
+    """Ground truth of a golden case, padded."""
+    counts = [len(arrays[f"{case}/gt_labels_{i}"]) for i in range(2)]
+    shape = arrays.get(f"{case}/img_shape", arrays.get("img_shape"))
+    assert shape is not None
+    targets = Targets(
+        torch.zeros(2, max(counts), 4),
+        torch.zeros(2, max(counts), dtype=torch.int64),
+        torch.zeros(2, max(counts), dtype=torch.bool),
+        torch.from_numpy(shape),
+    )
+    for i, count in enumerate(counts):
+        targets.boxes[i, :count] = torch.from_numpy(arrays[f"{case}/gt_bboxes_{i}"])
+        targets.labels[i, :count] = torch.from_numpy(arrays[f"{case}/gt_labels_{i}"].astype(np.int64))
+        targets.valid[i, :count] = True
+    return targets
+
+
+def stored_rows(arrays: Arrays, name: str) -> Tensor:
+    """A stored map of all levels as (B, A, channels)."""
+    maps = [torch.from_numpy(arrays[f"{name}_{level}"]) for level in range(5)]
+    return torch.cat([part.permute(0, 2, 3, 1).flatten(1, 2) for part in maps], dim=1)
+
+
+def mmdet_names(arrays: Arrays) -> dict[str, str]:
+    """Our name of every stored weight of MMDetection's head."""
+    keys = [key.removeprefix("param/") for key in arrays if key.startswith("param/")]
+    return {key: str(from_mmdet(f"bbox_head.{key}")).removeprefix("head.") for key in keys}
+
+
+def mmdet_head(arrays: Arrays) -> ParallelHead:
+    """The head with the stored weights."""
+    head = ParallelHead(64, 80, tower_bias=False)
+    state = {name: torch.from_numpy(arrays[f"param/{key}"]) for key, name in mmdet_names(arrays).items()}
+    head.load_state_dict(state)
+    return head
+
+
+def golden_outputs(arrays: Arrays, case: str, config: Config) -> Outputs:
+    """Head outputs as leaves: the stored ones, or those of the stored features where a case keeps only these."""
+    grid = anchor_grid(level_shapes(CANVAS), config.box_geometry)
+    if f"{case}/cls_score_0" not in arrays:
+        with torch.no_grad():
+            head = mmdet_head(arrays)([torch.from_numpy(arrays[f"{case}/feat_{level}"]) for level in range(5)])
+        assert head.quality is not None
+        return Outputs(head.logits.requires_grad_(), head.deltas.requires_grad_(), head.quality.requires_grad_(), grid)
+    logits, deltas, ious = (stored_rows(arrays, f"{case}/{name}") for name in ("cls_score", "bbox_pred", "iou_pred"))
+    return Outputs(logits.requires_grad_(), deltas.requires_grad_(), ious[..., 0].requires_grad_(), grid)
+
+
+def check_losses(arrays: Arrays, case: str, config: Config, names: dict[str, str]) -> None:
+    """Every loss and every gradient of a golden case."""
+    outputs = golden_outputs(arrays, case, config)
+    losses = compute_losses(outputs, golden_targets(arrays, case), 1, 1, config=config)
+    for ours, theirs in names.items():
+        expected = torch.from_numpy(arrays[f"{case}/loss_{theirs}"].reshape(()))
+        torch.testing.assert_close(losses[ours].detach(), expected, rtol=1e-4, atol=1e-6)
+    sum(losses.values(), torch.zeros(())).backward()
+    for tensor, name in (
+        (outputs.logits, "cls_score"),
+        (outputs.deltas, "bbox_pred"),
+        (outputs.iou_logits, "iou_pred"),
+    ):
+        assert tensor.grad is not None
+        gradient = tensor.grad.reshape(2, sum(LEVELS), -1)
+        if f"{case}/grad_{name}_0" in arrays:
+            expected = stored_rows(arrays, f"{case}/grad_{name}")
+            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+        if f"{case}/grad_l2_{name}" in arrays:
+            norms = torch.stack([part.norm() for part in gradient.split(LEVELS, dim=1)])
+            torch.testing.assert_close(norms, torch.from_numpy(arrays[f"{case}/grad_l2_{name}"]), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["A", "B", "C"])
+def test_golden_mmdet(case: str) -> None:
+    names = {"loss_cls": "cls", "loss_box": "bbox", "loss_iou": "iou"}
+    check_losses(golden_arrays("head_paa.npz"), case, MMDET, names)
+
+
+def official_arrays(shared: Path) -> Arrays:
+    with np.load(shared / "golden_official" / "paa.npz") as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+@pytest.mark.parametrize("case", ["A", "B", "C", "D", "E", "F"])
+def test_golden_official(shared: Path, case: str) -> None:
+    names = {"loss_cls": "cls", "loss_box": "reg", "loss_iou": "iou_pred"}
+    check_losses(official_arrays(shared), case, OFFICIAL, names)
+
+
+def check_parameter_gradients(arrays: Arrays, config: Config, head: ParallelHead, names: dict[str, str]) -> None:
+    """The gradient's norm of every weight of the head, from the features of case A."""
+    features = [torch.from_numpy(arrays[f"A/feat_{level}"]) for level in range(5)]
+    predicted = head(features)
+    assert predicted.quality is not None
+    grid = anchor_grid(predicted.shapes, config.box_geometry)
+    outputs = Outputs(predicted.logits, predicted.deltas, predicted.quality, grid)
+    losses = compute_losses(outputs, golden_targets(arrays, "A"), 1, 1, config=config)
+    sum(losses.values(), torch.zeros(())).backward()
+    weights = dict(head.named_parameters())
+    stored = zip(arrays["A/param_grad_names"], arrays["A/param_grad_l2"], strict=True)
+    for theirs, norm in stored:
+        gradient = weights[names[str(theirs)]].grad
+        assert gradient is not None
+        assert float(gradient.norm()) == pytest.approx(float(norm), rel=1e-3, abs=1e-6)
+
+
+def test_golden_mmdet_parameter_gradients() -> None:
+    arrays = golden_arrays("head_paa.npz")
+    check_parameter_gradients(arrays, MMDET, mmdet_head(arrays), mmdet_names(arrays))
+
+
+def test_golden_official_parameter_gradients(shared: Path) -> None:
+    arrays = official_arrays(shared)
+    keys = [key.removeprefix("param/") for key in arrays if key.startswith("param/")]
+    names = {key: from_official_head(key) for key in keys}
+    head = ParallelHead(64, 80, tower_bias=True)
+    state = {name: torch.from_numpy(arrays[f"param/{key}"]) for key, name in names.items()}
+    head.load_state_dict({name: value.reshape(head.state_dict()[name].shape) for name, value in state.items()})
+    check_parameter_gradients(arrays, OFFICIAL, head, names)
+
+
+def tiny(config: Config, gt_index: list[int], num_classes: int = 2) -> tuple[Outputs, Targets, Assignment]:
+    """One image of 32 x 32 with zero outputs: 16 + 4 + 1 + 1 + 1 anchors; the first of them are assigned as told."""
+    grid = anchor_grid(level_shapes((32, 32)), GEOMETRIES[config.geometry])
+    anchors = len(grid.boxes)
+    outputs = Outputs(torch.zeros(1, anchors, num_classes), torch.zeros(1, anchors, 4), torch.zeros(1, anchors), grid)
+    boxes = torch.tensor([[[0.0, 0.0, 32.0, 32.0], [4.0, 4.0, 20.0, 28.0]]])
+    targets = Targets(boxes, torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool), torch.tensor([[32, 32]]))
+    index = torch.full((1, anchors), BACKGROUND)
+    index[0, : len(gt_index)] = torch.tensor(gt_index)
+    labels = torch.where(index >= 0, targets.labels[0][index.clamp(min=0)], index)
+    return outputs, targets, Assignment(index, labels)
+
+
+def test_terms_by_hand() -> None:
+    # The first anchor is [-32, -32, 32, 32] and learns [0, 0, 32, 32]: IoU 1024 / 4096 = 0.25 is its weight and target;
+    # GIoU loss 1 - 0.25 = 0.75, since the enclosing box is the anchor. One positive, so the box loss is 1.3 * 0.75.
+    # IoU loss 0.5 * BCE(0, 0.25) = 0.5 ln 2. Focal, 23 anchors of 2 classes at logit 0: one positive element
+    # 0.25 * 0.25 * ln 2 = 0.0433217, 45 negative ones 0.75 * 0.25 * ln 2 = 0.1299651.
+    config = Config()
+    losses = assigned_losses(*tiny(config, [0]), config)
+    assert float(losses["loss_box"]) == pytest.approx(1.3 * 0.75, abs=1e-5)
+    assert float(losses["loss_iou"]) == pytest.approx(0.5 * np.log(2), abs=1e-6)
+    assert float(losses["loss_cls"]) == pytest.approx(0.0433217 + 45 * 0.1299651, rel=1e-6)
+
+
+def test_box_loss_is_weighted_by_iou() -> None:
+    # Spec check 9: IoUs .5 and .8 with GIoU losses .6 and .25 give 1.3 * (.5 * .6 + .8 * .25) / 1.3 = 0.5.
+    config = Config()
+    outputs, targets, assignment = tiny(config, [0, 1])
+    losses = assigned_losses(outputs, targets, assignment, config)
+    from core.boxes import box_iou
+    from core.losses import giou_loss
+
+    anchors, boxes = outputs.grid.boxes[:2], targets.boxes[0]
+    ious, giou = box_iou(anchors, boxes), giou_loss(anchors, boxes)
+    assert float(losses["loss_box"]) == pytest.approx(float(1.3 * (ious * giou).sum() / ious.sum()), rel=1e-5)
+
+
+def test_normalisers_by_hand() -> None:
+    # Spec check 10: 3 and 5 positives on two ranks average to 4 (tests/paa/test_ranks.py); without positives 1.
+    config = Config()
+    outputs, targets, assignment = tiny(config, [0, 1, 1])
+    ious = torch.tensor([[0.5, 0.25, 0.125] + [0.0] * 20])
+    count, iou_sum = normalisers(assignment, ious, config)
+    assert (float(count), float(iou_sum)) == (3.0, 0.875)
+    count, iou_sum = normalisers(tiny(config, [])[2], ious * 0, config)
+    assert (float(count), float(iou_sum)) == (1.0, pytest.approx(1e-6))
+
+
+def test_mmdet_counts_images() -> None:
+    # Two images without positives: the class loss is divided by 2 in profile mmdet, by 1 in ours.
+    outputs, targets, assignment = tiny(Config(), [])
+    two = Outputs(*(torch.cat([part, part]) for part in outputs[:3]), outputs.grid)
+    double = Assignment(*(torch.cat([part, part]) for part in assignment))
+    pair = Targets(*(torch.cat([part, part]) for part in targets))
+    ours = assigned_losses(two, pair, double, Config())["loss_cls"]
+    theirs = assigned_losses(two, pair, double, MMDET)["loss_cls"]
+    assert float(ours) == pytest.approx(2 * float(theirs), rel=1e-6)
+
+
+def test_ignored_anchors_have_no_class_loss() -> None:
+    config = Config()
+    outputs, targets, assignment = tiny(config, [0])
+    everything = torch.where(assignment.gt_index >= 0, 0, IGNORED)
+    ignored = Assignment(everything, everything)
+    losses = assigned_losses(outputs, targets, ignored, config)
+    assert float(losses["loss_cls"]) == pytest.approx(
+        0.0433217 + 0.1299651, rel=1e-5
+    )  # only the positive's two classes
+
+
+@pytest.mark.parametrize("objects", [0, 3])
+@pytest.mark.parametrize("profile", ["ours", "mmdet", "official"])
+def test_no_objects(profile: str, objects: int) -> None:
+    # Spec check 11: box and IoU loss exactly 0 with a connected graph, class loss finite; G may be 0 or all padding.
+    config = replace(Config(), profile=profile)  # type: ignore[arg-type]
+    outputs, _, _ = tiny(config, [])
+    leaves = [part.requires_grad_() for part in outputs[:3]]
+    targets = Targets(
+        torch.zeros(1, objects, 4),
+        torch.zeros(1, objects, dtype=torch.int64),
+        torch.zeros(1, objects, dtype=torch.bool),
+        torch.tensor([[32, 32]]),
+    )
+    losses = compute_losses(outputs, targets, 1, 1, config=config)
+    assert losses["loss_box"].item() == losses["loss_iou"].item() == 0
+    sum(losses.values(), torch.zeros(())).backward()
+    assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves)
+    assert float(leaves[1].grad.abs().sum()) == 0  # type: ignore[union-attr]
+
+
+def test_half_precision_outputs_are_cast() -> None:
+    config = Config()
+    outputs, targets, assignment = tiny(config, [])
+    half = Outputs(*(part.bfloat16() for part in outputs[:3]), outputs.grid)
+    losses = compute_losses(half, targets, 1, 1, config=config)
+    full = compute_losses(outputs, targets, 1, 1, config=config)
+    for name, value in losses.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, full[name])
+
+
+def test_extreme_deltas_stay_finite() -> None:
+    config = Config()
+    outputs, targets, _ = tiny(config, [])
+    for size in (1e4, -1e4):
+        extreme = outputs._replace(deltas=torch.full_like(outputs.deltas, size).requires_grad_())
+        losses = compute_losses(extreme, targets, 1, 1, config=config)
+        sum(losses.values(), torch.zeros(())).backward()
+        assert torch.isfinite(extreme.deltas.grad).all()  # type: ignore[arg-type]
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_assignment_and_losses_compile(backend: str) -> None:
+    config = replace(Config(), topk=3)
+    torch.manual_seed(0)
+    outputs, targets, _ = tiny(config, [])
+    outputs = outputs._replace(logits=torch.randn_like(outputs.logits), deltas=torch.randn_like(outputs.deltas) / 2)
+    criterion = partial(compute_losses, config=config)
+    expected = criterion(outputs, targets, 1, 10)
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=False, backend=backend)(outputs, targets, 1, 10)
+    for name, value in expected.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-6)
