@@ -26,6 +26,7 @@ TOLERATED = 1000  # up to one in so many boxes may be empty or outside; they are
 MAX_SIDE = 2**24  # pixels of an image's side
 BETWEEN_OBJECTS = re.compile(rb"\}\s*,\s*\{")
 BAD_NAME = re.compile(r"^$|^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\x00-\x1f\x7f]")
+NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 _INTEGERS = ("id", "image_id", "category_id", "iscrowd")  # of an annotation
 _NO_BYTES = np.zeros(0, np.uint8)
 
@@ -114,7 +115,7 @@ def _split(path: Path, content: mmap.mmap) -> dict[str, Any]:
         file = msgspec.json.decode(content, type=_File)
     except msgspec.ValidationError as error:
         raise UserError(f"{path}: no COCO annotation file ({error})") from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         numbers = _with_nan(content)
         if numbers is None:
             raise UserError(f"{path}: no valid JSON ({error})") from None
@@ -152,14 +153,23 @@ def _entries(path: Path, what: str, part: msgspec.Raw | list[Any], kind: type[En
         try:
             entries = decoder.decode(chunk)
         except msgspec.ValidationError as error:
-            raise _wrong_entry(path, what, msgspec.json.decode(chunk), before, error) from None
-        except (msgspec.DecodeError, RecursionError) as error:
+            raise _wrong_entry(path, what, _plain(chunk), before, error) from None
+        except NOT_JSON as error:
             if border is None:
                 raise UserError(f"{path}: no valid JSON among the {what} entries ({error})") from None
             length *= 2  # the border lay inside an entry or a string: only whole entries decode
             continue
         yield entries
         position, length, before = border.end() - 1 if border else end, CHUNK, before + len(entries)
+
+
+def _plain(chunk: bytes) -> list[Any]:
+    """The entries of a chunk as plain objects, for a message; empty if some are no JSON."""
+    try:
+        entries: list[Any] = msgspec.json.decode(chunk)
+    except NOT_JSON:
+        return []
+    return entries
 
 
 def _convert(path: Path, what: str, part: list[Any], kind: type[Entry]) -> list[Entry]:
@@ -178,7 +188,7 @@ def _wrong_entry(path: Path, what: str, entries: list[Any], before: int, error: 
     """Names the entry, field and value behind msgspec's `Expected ... - at `$[3].bbox[0]``."""
     reason, _, where = str(error).partition(" - at ")
     match = re.match(r"`\$\[(\d+)\](?:\.(\w+))?", where)
-    if match is None:
+    if match is None or not entries:
         return UserError(f"{path}: bad {what} entries ({error})")
     entry = entries[int(match[1])]
     name = f"{what} entry number {before + int(match[1]) + 1}"
@@ -240,7 +250,7 @@ def _licence(part: msgspec.Raw | list[Any]) -> str:
     try:
         entries = msgspec.json.decode(part) if isinstance(part, msgspec.Raw) else part
         names = [str(entry["name"]) for entry in entries]
-    except (msgspec.DecodeError, RecursionError, TypeError, KeyError):
+    except (*NOT_JSON, TypeError, KeyError):
         return ""
     return f"image licences: {', '.join(names)}" if names else ""
 

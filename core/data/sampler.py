@@ -77,8 +77,8 @@ def round_up(value: int, divisor: int = SIZE_DIVISOR) -> int:
 class Sampler:
     """The batches of a run. `groups` are rows of the table, `sizes` each group's distinct (height, width)."""
 
-    groups: tuple[Int64[np.ndarray, " n"], ...]
-    sizes: tuple[Integer[np.ndarray, "k 2"], ...]
+    groups: tuple[Int64[np.ndarray, " _"], ...]
+    sizes: tuple[Integer[np.ndarray, "_ 2"], ...]
     config: TrainConfig
 
     def batch(self, step: int) -> BatchPlan:

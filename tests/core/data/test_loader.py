@@ -1,0 +1,174 @@
+"""Batches: the same with any number of workers, ranks and starting points."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.config import TrainConfig
+from core.data.loader import eval_batches, padded_count, train_batches
+from core.data.sources import open_data
+from core.data.table import Table
+from core.errors import UserError
+from core.shapes import shapes_table
+from core.types import Batch
+
+CONFIG = TrainConfig(
+    data="shapes", steps=6, batch_size=4, short_side=64, short_side_min=48, long_side=100, workers=0, device="cpu"
+)
+
+
+@pytest.fixture
+def drawn() -> Table:
+    return shapes_table("train", 10, seed=3)
+
+
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        for name, x, y in zip(Batch._fields, a, b, strict=True):
+            assert x.dtype == y.dtype, name
+            assert torch.equal(x, y), name
+
+
+def batches(table: Table, config: TrainConfig = CONFIG, start: int = 0, **ranks: int) -> list[Batch]:
+    return list(train_batches(table, config, start=start, steps=6, **ranks))
+
+
+def test_workers_change_nothing(drawn: Table) -> None:
+    alone = batches(drawn)
+    assert len(alone) == 6
+    assert_same(alone, batches(drawn, replace(CONFIG, workers=2)))
+
+
+@pytest.mark.parametrize("start", [1, 3, 5, 6])
+def test_any_step_can_be_the_first(drawn: Table, start: int) -> None:
+    assert_same(batches(drawn)[start:], batches(drawn, start=start))
+
+
+def test_ranks_cut_the_global_batch(drawn: Table) -> None:
+    shares = [batches(drawn, rank=rank, world_size=2) for rank in range(2)]
+    joined = [Batch(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)]
+    assert_same(batches(drawn), joined)
+    with pytest.raises(UserError, match="batch_size 4 does not divide among 3 processes"):
+        batches(drawn, world_size=3)
+
+
+def test_seeds_differ(drawn: Table) -> None:
+    assert not torch.equal(batches(drawn)[0].image_ids, batches(drawn, replace(CONFIG, seed=1))[0].image_ids)
+
+
+@pytest.mark.parametrize("geometry", ["modern", "legacy"])
+def test_boxes_lie_on_the_pixels(drawn: Table, geometry: str) -> None:
+    """A box marked in the image is found where the batch says, flipped and resized."""
+
+    class Marked:
+        def read(self, table: Table, index: int) -> np.ndarray:
+            image = np.zeros((int(table.heights[index]), int(table.widths[index]), 3), np.uint8)
+            x, y, w, h = (int(side) for side in table.boxes_xywh[table.box_slice(index)][0])
+            image[y : y + h, x : x + w] = 255
+            return image
+
+    object.__setattr__(drawn, "images", Marked())
+    plus_one = 1.0 if geometry == "legacy" else 0.0
+    for batch in batches(drawn, replace(CONFIG, geometry=geometry)):  # type: ignore[arg-type]
+        for image, box in zip(batch.images, batch.boxes[:, 0], strict=True):
+            mask = image[0] > 127
+            columns, rows = mask.any(0).nonzero()[:, 0], mask.any(1).nonzero()[:, 0]
+            found = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).float()
+            found[2:] -= plus_one
+            assert (found - box).abs().max() <= 1.5, (found, box)
+
+
+def test_padding_is_zero_and_flags_agree(drawn: Table) -> None:
+    for batch in batches(drawn):
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous()
+        height, width = batch.images.shape[-2:]
+        for image, (h, w), original in zip(batch.images, batch.sizes.tolist(), batch.original_sizes, strict=True):
+            assert h <= height
+            assert w <= width
+            assert not image[:, h:].any()
+            assert not image[:, :, w:].any()
+            assert image[:, h - 1, w - 1].any()
+            assert abs(h / w - original[0] / original[1]) < 0.02
+        assert not batch.boxes[~batch.valid].any()
+        assert not batch.labels[~batch.valid].any()
+        assert (batch.boxes[batch.valid][:, 2:] > batch.boxes[batch.valid][:, :2]).all()
+
+
+def test_objects_of_every_image(drawn: Table) -> None:
+    for batch in batches(drawn):
+        for row, number in enumerate(batch.image_ids.tolist()):
+            labels = drawn.labels[drawn.box_slice(number - 1)]
+            assert batch.labels[row][batch.valid[row]].tolist() == labels.tolist()
+
+
+def test_padded_count() -> None:
+    assert [padded_count(n) for n in (0, 1, 4, 5, 6, 7, 9, 13, 17, 25, 33, 100)] == [
+        4, 4, 4, 6, 6, 8, 12, 16, 24, 32, 48, 128
+    ]  # fmt: skip
+
+
+def test_crowd_is_never_a_target(folder: Path) -> None:
+    val = open_data(str(folder)).val
+    (batch,) = [b for b in eval_batches(val, CONFIG, batch_size=1) if b.image_ids.tolist() == [30]]
+    assert not batch.valid.any()
+    train = open_data(str(folder)).train
+    config = replace(CONFIG, batch_size=2)
+    assert {int(i) for b in train_batches(train, config, start=0, steps=3) for i in b.image_ids} == {10}
+    config = replace(config, empty_images="keep")
+    found = [b for b in train_batches(train, config, start=0, steps=6)]
+    assert {int(i) for b in found for i in b.image_ids} == {10, 20, 30}
+    assert all(not b.valid[b.image_ids != 10].any() for b in found)
+
+
+def rows(found: Iterator[Batch]) -> list[int]:
+    return [int(number) for batch in found for number in batch.image_ids]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_evaluation_sees_every_image_once(drawn: Table, world_size: int) -> None:
+    parts = [rows(eval_batches(drawn, CONFIG, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert sorted(sum(parts, [])) == list(range(1, 11))
+
+
+def test_evaluation_batches_share_only_their_own_canvas(drawn: Table) -> None:
+    config = replace(CONFIG, short_side=60)
+    alone = {int(b.image_ids[0]): b for b in eval_batches(drawn, replace(config, deterministic=True))}
+    assert len(alone) == 10
+    sizes = set()
+    for batch in eval_batches(drawn, config, batch_size=3):
+        sizes.add(len(batch.sizes))
+        canvas = tuple(batch.images.shape[-2:])
+        for row, (number, size) in enumerate(zip(batch.image_ids.tolist(), batch.sizes.tolist(), strict=True)):
+            assert tuple(-(-side // 32) * 32 for side in size) == canvas
+            assert torch.equal(batch.images[row], alone[number].images[0])
+    assert max(sizes) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_one_line(folder: Path, workers: int) -> None:
+    config = replace(CONFIG, workers=workers, batch_size=1)
+    (folder / "train2017/sub/b.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"sub/b.png: not an image") as caught:
+        list(train_batches(open_data(str(folder)).train, config, start=0, steps=3))
+    assert "\n" not in str(caught.value)
+    Image.new("RGB", (9, 9)).save(folder / "val2017/a.png")
+    with pytest.raises(UserError, match=r"a.png: is 9x9 pixels .* says 64x48"):
+        list(eval_batches(open_data(str(folder)).val, config))
+
+
+def test_coco_mini(shared: Path) -> None:
+    data = open_data(str(shared / "data/coco_mini"))
+    config = replace(CONFIG, short_side=800, short_side_min=0, long_side=1333, batch_size=2, profile="official")
+    batch = next(train_batches(data.train, config, start=0, steps=1))
+    height, width = batch.images.shape[-2:]
+    assert (height % 32, width % 32) == (0, 0)
+    assert min(batch.sizes[0].tolist()) == 800
+    assert len(eval_rows := rows(eval_batches(data.val, replace(config, short_side=64, long_side=100)))) == 158
+    assert sorted(eval_rows) == sorted(data.val.image_ids.tolist())
