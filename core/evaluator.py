@@ -14,7 +14,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import core.types
 
 Backend = Literal["faster", "pycocotools"]
-Content = TypeVar("Content")
 
 METRICS = {  # name: what it averages over, in pycocotools' order
     "AP": "IoU .50:.95, all sizes",
@@ -325,7 +324,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
     Raises:
         UserError: missing, not JSON, wrong types, duplicate or unknown ids, numbers that are not finite.
     """
-    content = _decode(path, _GroundTruth, "a COCO annotation file")
+    content: _GroundTruth = _decode(path, _GroundTruth, "a COCO annotation file")
     image_ids = _unique_ids(path, "image", [image.id for image in content.images])
     category_ids = _unique_ids(path, "category", [category.id for category in content.categories])
     rows = content.annotations
@@ -350,7 +349,7 @@ def read_detections(path: Path) -> DetectionArrays:
     Raises:
         UserError: missing, not JSON, or wrong types. `evaluate_boxes` checks the values.
     """
-    rows = _decode(path, list[_Detection], "a COCO results file")
+    rows: list[_Detection] = _decode(path, list[_Detection], "a COCO results file")
     return DetectionArrays(
         _ids(path, [row.image_id for row in rows]),
         _ids(path, [row.category_id for row in rows]),
@@ -365,7 +364,7 @@ def write_detections(path: Path, detections: DetectionArrays) -> None:
     path.write_bytes(msgspec.json.encode([_Detection(*row) for row in zip(*columns, strict=True)]))
 
 
-def _decode(path: Path, kind: type[Content], what: str) -> Content:
+def _decode(path: Path, kind: Any, what: str) -> Any:
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -378,7 +377,7 @@ def _decode(path: Path, kind: type[Content], what: str) -> Content:
         return _decode_with_nan(path, raw, kind, what, error)
 
 
-def _decode_with_nan(path: Path, raw: bytes, kind: type[Content], what: str, reason: Exception) -> Content:
+def _decode_with_nan(path: Path, raw: bytes, kind: Any, what: str, reason: Exception) -> Any:
     """Python writes NaN and Infinity, which are no JSON, and reads them: so the check of values can name the entry."""
     try:
         return msgspec.convert(json.loads(raw), type=kind)

@@ -83,10 +83,12 @@ def test_ap_of_right_wrong_right(backend: Backend) -> None:
     metrics = coco_metrics(truth_of([BOX, second]), found, backend)
     assert metrics["AP"] == pytest.approx(expected, abs=1e-12)
     assert metrics["AP50"] == pytest.approx(expected, abs=1e-12)
-    assert metrics["APm"] == pytest.approx(1)  # the wrong one is small, so it does not count here
+    assert metrics["APm"] == pytest.approx(1)  # the wrong one is small: 400 square pixels
     assert metrics["AR1"] == pytest.approx(0.5)
     assert metrics["AR10"] == pytest.approx(1)
     assert metrics["APs"] == metrics["ARl"] == -1  # nothing to find
+    thin = found_of((BOX, 0.9), ([500.0, 0.0, 4.0, 400.0], 0.8), (second, 0.7))  # 1600 square pixels: medium
+    assert coco_metrics(truth_of([BOX, second]), thin, backend)["APm"] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
