@@ -183,15 +183,15 @@ def _run(
     rows: _Rows, state: _State, steps: int
 ) -> tuple[_State, Float[Tensor, "2 M 3"], Int[Tensor, " M"], Bool[Tensor, " M"]]:
     """Some EM steps: the last state, each row's parameters at its stop or else the last, its steps, if it goes on."""
-    states = [state]
+    bounds, trajectory = [state.bound], []
     for _ in range(steps):
-        states.append(_step(rows, states[-1]))
-    bounds = torch.stack([state.bound for state in states])
-    moving = ((bounds[1:] - bounds[:-1]).abs() >= TOLERANCE).to(torch.int64).cumprod(dim=0).sum(dim=0)
+        state = _step(rows, state)
+        bounds.append(state.bound)
+        trajectory.append(torch.cat(state[:3], dim=1))
+    moving = (torch.stack(bounds).diff(dim=0).abs() >= TOLERANCE).to(torch.int64).cumprod(dim=0).sum(dim=0)
     taken = (moving + 1).clamp(max=steps)
-    trajectory = torch.stack([torch.cat(state[:3], dim=1) for state in states[1:]])
-    chosen = trajectory.gather(0, (taken - 1).expand(1, 2, 3, -1))[0]
-    return states[-1], chosen.mT, taken, moving == steps
+    chosen = torch.stack(trajectory).gather(0, (taken - 1).expand(1, 2, 3, -1))[0]
+    return state, chosen.mT, taken, moving == steps
 
 
 def _step(rows: _Rows, state: _State) -> _State:
