@@ -62,8 +62,9 @@ class Scene(NamedTuple):
 
 def random_stream(seed: int, split: str, index: int, stream: int) -> np.random.Generator:
     """Random numbers for one purpose of one image."""
+    key = np.array([seed % 2**64, VERSION], np.uint64)  # a list would pass through float64
     counter = [0, stream, index, list(SPLITS).index(split)]
-    return np.random.Generator(np.random.Philox(key=[seed % 2**64, VERSION], counter=counter))
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def plan_scene(seed: int, split: str, index: int) -> Scene:

@@ -43,8 +43,9 @@ def random_bits(seed: int, stream: int, *position: int, count: int) -> UInt64[np
     Philox is counter-based: neighbouring positions give independent numbers. Its raw bits are the part of numpy's
     random numbers that never changes between versions.
     """
+    key = np.array([seed % 2**64, stream], np.uint64)  # a list would pass through float64
     counter = [0, 0, *position, *[0] * (2 - len(position))]
-    return np.random.Philox(key=[seed % 2**64, stream], counter=counter).random_raw(count)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 @lru_cache(maxsize=8)

@@ -33,8 +33,7 @@ def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
         image = Image.fromarray(np.stack([grey, PIXELS[..., 1]], axis=2), "LA")
         expected = np.repeat(grey[..., None], 3, axis=2)
     else:
-        image = Image.fromarray(PIXELS).convert("P").convert("PA") if mode == "PA" else None
-        image = image or Image.fromarray(PIXELS).convert(mode)
+        image = Image.fromarray(PIXELS).convert("P" if mode == "PA" else mode).convert(mode)
         expected = np.array(image.convert("RGB"))
     image.save(path)
     np.testing.assert_array_equal(read_image(path, (5, 7)), expected, strict=True)

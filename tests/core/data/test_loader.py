@@ -122,7 +122,7 @@ def test_crowd_is_never_a_target(folder: Path) -> None:
     config = replace(CONFIG, batch_size=2)
     assert {int(i) for b in train_batches(train, config, start=0, steps=3) for i in b.image_ids} == {10}
     config = replace(config, empty_images="keep")
-    found = [b for b in train_batches(train, config, start=0, steps=6)]
+    found = list(train_batches(train, config, start=0, steps=6))
     assert {int(i) for b in found for i in b.image_ids} == {10, 20, 30}
     assert all(not b.valid[b.image_ids != 10].any() for b in found)
 
@@ -134,7 +134,7 @@ def rows(found: Iterator[Batch]) -> list[int]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_sees_every_image_once(drawn: Table, world_size: int) -> None:
     parts = [rows(eval_batches(drawn, CONFIG, rank=rank, world_size=world_size)) for rank in range(world_size)]
-    assert sorted(sum(parts, [])) == list(range(1, 11))
+    assert sorted(number for part in parts for number in part) == list(range(1, 11))
 
 
 def test_evaluation_batches_share_only_their_own_canvas(drawn: Table) -> None:
@@ -166,7 +166,7 @@ def test_an_unreadable_image_is_one_line(folder: Path, workers: int) -> None:
 def test_coco_mini(shared: Path) -> None:
     data = open_data(str(shared / "data/coco_mini"))
     config = replace(CONFIG, short_side=800, short_side_min=0, long_side=1333, batch_size=2, profile="official")
-    batch = next(train_batches(data.train, config, start=0, steps=1))
+    batch = next(iter(train_batches(data.train, config, start=0, steps=1)))
     height, width = batch.images.shape[-2:]
     assert (height % 32, width % 32) == (0, 0)
     assert min(batch.sizes[0].tolist()) == 800

@@ -107,7 +107,7 @@ def test_categories_must_agree(folder: Path, content: dict[str, Any]) -> None:
     path = folder / "annotations/instances_val2017.json"
     content["categories"][0]["name"] = "dragon"
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="categories differ .* id 90 'dragon' instead of id 90 'kite'"):
+    with pytest.raises(UserError, match=r"categories differ .* id 90 'dragon' instead of id 90 'kite'"):
         open_data(str(folder))
     content["categories"].append({"id": 91, "name": "extra"})
     content["categories"][0]["name"] = "kite"
