@@ -127,12 +127,8 @@ def _fit_operator(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     fitted = mask.sum(dim=1) > 1
     state = _start(rows, mask)
     parameters = torch.cat(state[:3], dim=1).mT.contiguous()
-    if values.device.type == "cpu":
-        parameters, steps = _run_and_drop(rows, state, parameters, fitted)
-    else:
-        _, result, steps, _ = _run(rows, state, MAX_STEPS)
-        parameters, steps = torch.where(fitted[:, None], result, parameters), steps * fitted
-    return parameters, steps
+    run = _run_and_drop if values.device.type == "cpu" else _run_all
+    return run(rows, state, parameters, fitted)
 
 
 @_fit_operator.register_fake
@@ -158,6 +154,14 @@ def _start(rows: _Rows, mask: Bool[Tensor, "N K"]) -> _State:
     means = torch.stack([rows.values[:1], rows.values.gather(0, last[None])])
     ones = torch.ones_like(means)
     return _State(ones / 2, means, ones, rows.values - means, torch.full_like(rows.values[0], -torch.inf))
+
+
+def _run_all(
+    rows: _Rows, state: _State, parameters: Float[Tensor, "2 N 3"], fitted: Bool[Tensor, " N"]
+) -> tuple[Float[Tensor, "2 N 3"], Int[Tensor, " N"]]:
+    """EM of all rows to the bound, without a look at the results."""
+    _, result, steps, _ = _run(rows, state, MAX_STEPS)
+    return torch.where(fitted[:, None], result, parameters), steps * fitted
 
 
 def _run_and_drop(
