@@ -104,13 +104,23 @@ COMPARISONS = {
 }
 
 
-def compare(name: str, seeds: int, results: Path, runs: Path) -> None:
-    """All runs of a comparison that its file lacks, seed by seed so that the detectors keep pace."""
+def compare(name: str, seeds: int, results: Path, runs: Path, only: Sequence[str] = ()) -> None:
+    """All runs of a comparison that its file lacks, seed by seed so that the detectors keep pace.
+
+    Args:
+        name: of the comparison.
+        seeds: number of seeds.
+        results: folder of the result file.
+        runs: folder of the run folders.
+        only: the detectors to run; all by default.
+    """
     comparison = COMPARISONS[name]
     path = results / comparison.file
     done = json.loads(path.read_text(encoding="utf-8"))["detectors"] if path.exists() else {}
     for seed in range(seeds):
         for key, detector in comparison.detectors.items():
+            if only and key not in only:
+                continue
             kept = [run for run in done.get(key, {}).get("runs", []) if is_current(run, detector)]
             if any(run["seed"] == seed for run in kept):
                 print(f"{key}, seed {seed}: already in {path.name}")
@@ -192,13 +202,17 @@ def main() -> None:
     parser.add_argument("name", help=f"one of {', '.join(COMPARISONS)}")
     parser.add_argument("--seeds", type=int, help="number of seeds, counted from 0 [the comparison's own]")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"), help="where run folders go")
+    parser.add_argument("--only", nargs="+", default=[], metavar="DETECTOR", help="run these detectors now [all]")
     options = parser.parse_args()
     if options.name not in COMPARISONS:
         raise UserError(f"no comparison named {options.name!r}{nearest(options.name, COMPARISONS)}")
     seeds = COMPARISONS[options.name].seeds if options.seeds is None else options.seeds
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: need at least one")
-    compare(options.name, seeds, RESULTS, options.runs.absolute())
+    for key in options.only:
+        if key not in (known := COMPARISONS[options.name].detectors):
+            raise UserError(f"no detector named {key!r} in {options.name}{nearest(key, known)}")
+    compare(options.name, seeds, RESULTS, options.runs.absolute(), options.only)
 
 
 if __name__ == "__main__":
