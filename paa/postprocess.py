@@ -48,12 +48,12 @@ def detect(
     return to_detections(kept, len(sizes))
 
 
-def unified_score(class_scores: Float[Tensor, "B A C"], ious: Float[Tensor, "B A"] | None) -> Float[Tensor, "B A C"]:
+def unified_score(class_scores: Float[Tensor, "*#n"], ious: Float[Tensor, "*#n"] | None) -> Float[Tensor, "*n"]:
     """sqrt(class score * predicted IoU), Eq. 1 with lambda 1; the class score alone where there is no IoU branch.
 
     Note: the paper has the product; the root is the authors' code's and keeps the order.
     """
-    return class_scores if ious is None else (class_scores * ious[..., None]).sqrt()
+    return class_scores if ious is None else (class_scores * ious).sqrt()
 
 
 def candidate_boxes(outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config) -> Candidates:
@@ -64,17 +64,20 @@ def candidate_boxes(outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config)
     """
     switches = PAA_PROFILES[config.profile]
     class_scores = _float(outputs.logits).sigmoid()
-    scores = unified_score(class_scores, None if outputs.iou_logits is None else _float(outputs.iou_logits).sigmoid())
+    ious = None if outputs.iou_logits is None else _float(outputs.iou_logits).sigmoid()[..., None]
     groups = _level_groups(outputs)
-    wanted = (class_scores if switches.threshold_on_class else scores) > config.score_threshold
+    wanted = (
+        class_scores if switches.threshold_on_class else unified_score(class_scores, ious)
+    ) > config.score_threshold
     if not switches.top_over_pairs:
-        best = best_in_groups(scores.amax(dim=-1).flatten(), groups.flatten(), config.pre_nms_top)
+        best_class = unified_score(class_scores.amax(dim=-1, keepdim=True), ious)
+        best = best_in_groups(best_class.flatten(), groups.flatten(), config.pre_nms_top)
         wanted &= _mask(best, groups)[..., None]
     images, anchors, labels = wanted.nonzero().unbind(1)
-    pair_scores = scores[images, anchors, labels]
+    scores = unified_score(class_scores[images, anchors, labels], None if ious is None else ious[images, anchors, 0])
     if switches.top_over_pairs:
-        best = best_in_groups(pair_scores, groups[images, anchors], config.pre_nms_top)
-        images, anchors, labels, pair_scores = images[best], anchors[best], labels[best], pair_scores[best]
+        best = best_in_groups(scores, groups[images, anchors], config.pre_nms_top)
+        images, anchors, labels, scores = images[best], anchors[best], labels[best], scores[best]
     boxes = decode_deltas(
         outputs.grid.boxes[anchors],
         _float(outputs.deltas)[images, anchors],
@@ -83,7 +86,7 @@ def candidate_boxes(outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config)
     )
     if config.switches.clip_boxes:
         boxes = clip_boxes(boxes[:, None], sizes[images], config.box_geometry)[:, 0]
-    pool = Candidates(boxes, pair_scores, labels, images)
+    pool = Candidates(boxes, scores, labels, images)
     return pool.select(box_area(boxes).nonzero()[:, 0]) if switches.drop_empty_boxes else pool
 
 
