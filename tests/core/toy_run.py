@@ -1,6 +1,6 @@
-"""A tiny detector-shaped run for the tests of the loop; as a script it takes a JSON of settings.
+"""A tiny detector-shaped run for the tests of the loop; `python -m tests.core.toy_run JSON` runs it.
 
-Keys of the settings: the fields of ToyConfig, and `kill_at` or `fail_at` (a step), `no_objects_on` (a rank), `threads`.
+Keys of the JSON: the fields of ToyConfig, and `kill_at` or `fail_at` (a step), `no_objects_on` (a rank), `threads`.
 """
 
 import json
@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,5 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     cli.run(main)
