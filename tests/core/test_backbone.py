@@ -281,6 +281,8 @@ def broken_state(change: str) -> Any:
         state["bn1.bias"] = "hello"
     elif change == "list":
         return [1, 2]
+    elif change == "numbers":
+        return {1: torch.zeros(1)}
     return state
 
 
@@ -294,6 +296,7 @@ def broken_state(change: str) -> Any:
         ("integer", "bn1.bias .* expected finite floats"),
         ("text", "expected a dictionary of tensors"),
         ("list", "expected a dictionary of tensors"),
+        ("numbers", "expected a dictionary of tensors"),
     ],
 )
 def test_wrong_contents(untouched: ResNetBackbone, tmp_path: Path, change: str, message: str) -> None:
@@ -311,7 +314,7 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-@pytest.mark.parametrize("kind", ["bomb", "empty", "text", "cut", "cut.safetensors", "folder"])
+@pytest.mark.parametrize("kind", ["bomb", "empty", "text", "bytes", "cut", "cut.safetensors", "folder"])
 def test_unreadable_files(
     untouched: ResNetBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -326,7 +329,7 @@ def test_unreadable_files(
         save(torchvision_state(), path)
         path.write_bytes(path.read_bytes()[:100_000])
     else:
-        path.write_bytes(b"" if kind == "empty" else b"not weights at all\n" * 9)
+        path.write_bytes({"empty": b"", "text": b"not weights at all\n" * 9, "bytes": b"\x80\x02s."}[kind])
     with pytest.raises(UserError, match=f"backbone_weights .*{kind}: (cannot be read|no such file)") as error:
         load_backbone_weights(untouched, str(path), config())
     assert "\n" not in str(error.value)

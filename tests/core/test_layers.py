@@ -129,7 +129,8 @@ def test_deform_conv_under_autocast() -> None:
     layer = DeformConv(2, 2).to(memory_format=torch.channels_last)
     x = torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x.to(memory_format=torch.channels_last))
+        y = layer(x.bfloat16().to(memory_format=torch.channels_last))  # as the layer before would hand it over
+    assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), layer(x), atol=0.02, rtol=0.02)
 
 
