@@ -19,8 +19,6 @@ class Profile:
     tower_bias: bool  # tower convolutions carry a bias beside their GroupNorm
     clamp_both_sides: bool  # predicted log sizes clamped to +-ln(1000/16); otherwise only from above
     exclude_padding: bool  # anchors beyond an image's own size rounded up to 32 take no part in training
-    clip_boxes: bool  # detections clipped to the image
-    drop_empty_boxes: bool  # detections without area dropped
     truncate_resized: bool  # resized side int(short * ratio) as the authors, otherwise int(side * factor + 0.5)
 
 
@@ -31,8 +29,6 @@ PROFILES: dict[str, Profile] = {
         tower_bias=False,
         clamp_both_sides=True,
         exclude_padding=True,
-        clip_boxes=True,
-        drop_empty_boxes=True,
         truncate_resized=False,
     ),
     "mmdet": Profile(
@@ -41,8 +37,6 @@ PROFILES: dict[str, Profile] = {
         tower_bias=False,
         clamp_both_sides=True,
         exclude_padding=True,
-        clip_boxes=True,
-        drop_empty_boxes=True,
         truncate_resized=False,
     ),
     "official": Profile(
@@ -51,8 +45,6 @@ PROFILES: dict[str, Profile] = {
         tower_bias=True,
         clamp_both_sides=False,
         exclude_padding=False,
-        clip_boxes=True,
-        drop_empty_boxes=False,
         truncate_resized=True,
     ),
 }

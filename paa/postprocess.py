@@ -84,8 +84,7 @@ def candidate_boxes(outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config)
         config.box_geometry,
         config.switches.clamp_both_sides,
     )
-    if config.switches.clip_boxes:
-        boxes = clip_boxes(boxes[:, None], sizes[images], config.box_geometry)[:, 0]
+    boxes = clip_boxes(boxes[:, None], sizes[images], config.box_geometry)[:, 0]
     pool = Candidates(boxes, scores, labels, images)
     return pool.select(box_area(boxes).nonzero()[:, 0]) if switches.drop_empty_boxes else pool
 
