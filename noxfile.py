@@ -21,10 +21,17 @@ nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests", "consistency", "smoke"]
 
 
-def python(session: nox.Session, *arguments: str) -> None:
+def python(session: nox.Session, *arguments: str, success_codes: tuple[int, ...] = (0,)) -> None:
     """Run a Python module or script with the session's own interpreter."""
-    interpreter = sys.executable if session.virtualenv.venv_backend == "none" else "python"
-    session.run(interpreter, *arguments, external=session.virtualenv.venv_backend == "none")
+    current = session.virtualenv.venv_backend == "none"
+    interpreter = sys.executable if current else "python"
+    session.run(interpreter, *arguments, external=current, success_codes=success_codes)
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    """Run pytest with nox's arguments after --, which may select no test at all."""
+    nothing_selected = (5,) if session.posargs else ()
+    python(session, "-m", "pytest", *arguments, *session.posargs, success_codes=(0, *nothing_selected))
 
 
 @nox.session
@@ -43,14 +50,14 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Every test but the consistency ones; those that trace with torch.compile in a call of their own."""
-    python(session, "-m", "pytest", "-m", "not compiled and not consistency", *session.posargs)
-    python(session, "-m", "pytest", *UNTRACED, "-m", "compiled", *session.posargs)
+    pytest(session, "-m", "not compiled and not consistency")
+    pytest(session, *UNTRACED, "-m", "compiled")
 
 
 @nox.session
 def consistency(session: nox.Session) -> None:
     """What must hold across packages: import direction, commands, golden arrays, tables that match their results."""
-    python(session, "-m", "pytest", "-m", "consistency", *session.posargs)
+    pytest(session, "-m", "consistency")
 
 
 @nox.session
