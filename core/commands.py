@@ -184,7 +184,7 @@ def detect_image(
     size = resized_sizes(original, config.short_side, config.long_side, config.switches.truncate_resized)
     height, width = (int(side) for side in size[0])
     pixels = torch.zeros(3, *(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in (height, width)), dtype=torch.uint8)
-    pixels[:, :height, :width] = torch.from_numpy(resize(image, (height, width))).permute(2, 0, 1)
+    pixels[:, :height, :width] = torch.from_numpy(resize(image, (height, width)).copy()).permute(2, 0, 1)
     sizes, originals = torch.from_numpy(size), torch.from_numpy(original)
     batch = Batch(
         pixels[None],

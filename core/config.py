@@ -89,8 +89,10 @@ class TrainConfig:
             raise ValueError(f"short_side {self.short_side} is larger than long_side {self.long_side}")
         if not 0 <= self.short_side_min <= self.short_side:
             raise ValueError(f"short_side_min must be 0 to short_side {self.short_side}, got {self.short_side_min}")
-        if self.channels % 32:
-            raise ValueError(f"channels must be a multiple of 32 (GroupNorm's groups), got {self.channels}")
+        if self.channels % 32 or self.channels < 64:
+            raise ValueError(
+                f"channels must be a multiple of 32, GroupNorm's groups, of two channels or more, got {self.channels}"
+            )
         if not 0 <= self.frozen_stages <= 5:
             raise ValueError(f"frozen_stages must be 0 to 5, got {self.frozen_stages}")
         if self.norm == "batch" and (self.frozen_stages or self.switches.caffe2_backbone):

@@ -224,12 +224,14 @@ class _StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader, which refuses a field written twice and has no aliases (nested ones explode in memory)."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node of the file; an alias is refused."""
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; a field that is written twice is refused."""
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
             keys = [str(key.value) for key, _ in node.value]

@@ -413,6 +413,7 @@ def _known_ids(path: Path, field: str, values: list[int], known: Int64[np.ndarra
 
 
 def main() -> None:
+    """Run the command."""
     parser = OneLineParser(prog="python -m core.evaluator", description="The 12 COCO numbers of a detections file.")
     parser.add_argument("ground_truth", type=Path, metavar="GROUND_TRUTH.json", help="a COCO annotation file")
     parser.add_argument("detections", type=Path, metavar="DETECTIONS.json", help="a COCO results file")

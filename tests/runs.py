@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 METHODS = sorted({path.parent.name for path in ROOT.glob("*/config.py")} - {"core"})
 TINY = (  # a network and images that take milliseconds a step
-    *("--preset", "small", "--backbone-weights", "none", "--channels", "32", "--short-side", "64", "--long-side", "96"),
+    *("--preset", "small", "--backbone-weights", "none", "--channels", "64", "--short-side", "64", "--long-side", "96"),
     *("--log-every", "1", "--device", "cpu"),
 )
 TIMES = ("images_per_second", "eta_seconds", "seconds")  # log fields that measure the machine
@@ -62,5 +62,7 @@ def tensors_of(value: Any, where: str = "") -> dict[str, torch.Tensor]:
     """All tensors inside nested containers, by their path."""
     if isinstance(value, torch.Tensor):
         return {where: value}
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    if not isinstance(value, (dict, list, tuple)):
+        return {}
+    children = value.items() if isinstance(value, dict) else enumerate(value)
     return {name: tensor for key, child in children for name, tensor in tensors_of(child, f"{where}/{key}").items()}

@@ -1,4 +1,4 @@
-"""A detector memorises four drawn images: data, model, assignment, loss, optimiser, post-processing and AP fit together."""
+"""A detector memorises four drawn images: data, model, assignment, loss, optimiser, detections and AP fit together."""
 
 import json
 from pathlib import Path

@@ -404,7 +404,7 @@ def test_real_half_precision_file(shared: Path, name: str) -> None:
 @pytest.mark.compiled
 @pytest.mark.parametrize("profile", ["ours", "official"])
 def test_whole_network_traces(profile: str) -> None:
-    fields: dict[str, Any] = {"profile": profile, "channels": 32, "dcn_stages": (5,), "dcn_tower": True}
+    fields: dict[str, Any] = {"profile": profile, "channels": 64, "dcn_stages": (5,), "dcn_tower": True}
     torch.manual_seed(0)
     model = Detector(config(**fields), num_classes=3)
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)

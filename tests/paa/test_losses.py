@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from core.anchors import anchor_grid, level_shapes
+from core.boxes import box_iou
 from core.geometry import GEOMETRIES
 from core.heads import ParallelHead
+from core.losses import giou_loss
 from core.types import BACKGROUND, IGNORED, Assignment, Targets
 from paa.config import Config
 from paa.losses import assigned_losses, compute_losses, normalisers
@@ -178,9 +180,6 @@ def test_box_loss_is_weighted_by_iou() -> None:
     config = Config()
     outputs, targets, assignment = tiny(config, [0, 1])
     losses = assigned_losses(outputs, targets, assignment, config)
-    from core.boxes import box_iou
-    from core.losses import giou_loss
-
     anchors, boxes = outputs.grid.boxes[:2], targets.boxes[0]
     ious, giou = box_iou(anchors, boxes), giou_loss(anchors, boxes)
     assert float(losses["loss_box"]) == pytest.approx(float(1.3 * (ious * giou).sum() / ious.sum()), rel=1e-5)
@@ -189,7 +188,7 @@ def test_box_loss_is_weighted_by_iou() -> None:
 def test_normalisers_by_hand() -> None:
     # Spec check 10: 3 and 5 positives on two ranks average to 4 (tests/paa/test_ranks.py); without positives 1.
     config = Config()
-    outputs, targets, assignment = tiny(config, [0, 1, 1])
+    assignment = tiny(config, [0, 1, 1])[2]
     ious = torch.tensor([[0.5, 0.25, 0.125] + [0.0] * 20])
     count, iou_sum = normalisers(assignment, ious, config)
     assert (float(count), float(iou_sum)) == (3.0, 0.875)
@@ -241,7 +240,7 @@ def test_no_objects(profile: str, objects: int) -> None:
 
 def test_half_precision_outputs_are_cast() -> None:
     config = Config()
-    outputs, targets, assignment = tiny(config, [])
+    outputs, targets, _ = tiny(config, [])
     half = Outputs(*(part.bfloat16() for part in outputs[:3]), outputs.grid)
     losses = compute_losses(half, targets, 1, 1, config=config)
     full = compute_losses(outputs, targets, 1, 1, config=config)
