@@ -23,6 +23,7 @@ def train(config: Config) -> dict[str, float]:
     from core.backbone import load_backbone_weights
     from core.config import total_steps
     from core.data.loader import train_batches
+    from core.data.sampler import training_images
     from core.data.sources import open_data
     from core.inference import describe_run, example_images, load_start_weights, on_validation
     from core.train import fit, seed_everything
@@ -32,7 +33,7 @@ def train(config: Config) -> dict[str, float]:
 
     with distributed.process_group(config.device) as device:
         data = open_data(config.data, config.seed)
-        steps = total_steps(config, len(data.train))
+        steps = total_steps(config, len(training_images(data.train, config.empty_images)))
         seed_everything(config.seed, deterministic=config.deterministic)
         model = PAA(config, len(data.categories))
         load_backbone_weights(model.backbone, config.backbone_weights, config)
