@@ -130,6 +130,13 @@ def test_voting_by_hand() -> None:
         assert vote(kept, other, 0.025, LEGACY).tolist() == boxes
 
 
+def test_voting_ignores_distant_boxes() -> None:
+    # sigma so large that only scores weigh; IoUs 8 / 1592 = .005 and 16 / 1584 = .0101 of boxes 40 x 20
+    for left, expected in ((39.6, 0.0), (39.2, 39.2 / 2)):
+        pool = single([[0.0, 0, 40, 20], [left, 0, left + 40, 20]], [0.5, 0.5], [0, 0])
+        torch.testing.assert_close(vote(pool, pool, 1e9)[0, 0], torch.tensor(expected))
+
+
 def test_voting_leaves_boxes_without_area_or_weight() -> None:
     pool = single([[5.0, 5, 5, 9], [0.0, 0, 4, 4]], [0.9, 0.0], [0, 1])
     assert vote(pool, pool).tolist() == pool.boxes.tolist()
@@ -229,6 +236,13 @@ def test_empty_boxes_are_dropped_in_ours_only() -> None:
     sizes = torch.tensor([[64, 100]] * 2)  # the second anchor starts at 128
     for config, expected in ((Config(), 1), (MMDET, 2), (OFFICIAL, 2)):
         assert int(detect(outputs, sizes, config).valid[0].sum()) == expected
+
+
+def test_log_sizes_are_clamped_as_the_profile_says() -> None:
+    outputs = one_anchor(0.9, 0.9)._replace(deltas=torch.tensor([[[0, 0, -100.0, 0]]]))  # dw -20 after scaling
+    for config, width in ((Config(), 64 / 62.5), (MMDET, 64 / 62.5), (replace(OFFICIAL, geometry="modern"), 0)):
+        box = detect(outputs, torch.tensor([[64, 64]]), config).boxes[0, 0]
+        assert float(box[2] - box[0]) == pytest.approx(width, abs=1e-5)
 
 
 def test_original_pixels_matter_in_legacy_only() -> None:
