@@ -32,6 +32,7 @@ def test_best_in_groups_by_hand() -> None:
     assert best_in_groups(scores, groups, 1).tolist() == [1, 2]
     assert best_in_groups(scores, groups, 2).tolist() == [1, 4, 2, 3]
     assert best_in_groups(scores, groups, 2, keep_ties=True).tolist() == [1, 4, 2, 3, 5]
+    assert best_in_groups(scores, groups, 1, keep_ties=True).tolist() == [1, 2, 3, 5]
     assert best_in_groups(scores, groups, 9).tolist() == [1, 4, 2, 3, 5, 0]
     assert best_in_groups(scores[:0], groups[:0], 1, keep_ties=True).tolist() == []
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
