@@ -1,7 +1,9 @@
 """Batches for training and evaluation, made in worker processes; the same for any number of them."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,7 +173,8 @@ def _load(make: Callable[[int], Batch], indices: Sequence[int], config: TrainCon
         num_workers=min(config.workers, len(indices)),
         collate_fn=_unchanged,
         pin_memory=pin,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # for worker seeds; the global one would differ in a resumed run
     )
     for item in loader:
         if isinstance(item, UserError):
@@ -183,5 +186,15 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    """One thread; Ctrl-C and a first SIGTERM, which often go to a whole group of processes, are the main process's.
+
+    A second SIGTERM ends the worker: the loader sends one to a worker that does not answer.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_at_the_next)
+
+
+def _end_at_the_next(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)

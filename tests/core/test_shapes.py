@@ -75,6 +75,19 @@ def test_little_is_hidden() -> None:
             assert mask.sum() >= shapes.MIN_VISIBLE * whole
 
 
+def test_a_shape_that_is_mostly_out_of_sight_is_not_placed() -> None:
+    empty = np.full((50, 50), -1, np.int8)
+    square = Shape(KINDS.index("square"), x=25, y=25, radius=20, angle=0, hue=0)
+    owner = shapes._place(square, empty, areas := [])
+    assert owner is not None
+    assert areas == [(owner == 0).sum()]
+    assert shapes._place(square._replace(x=2), empty, []) is None  # 57 % inside the image
+    assert shapes._place(square._replace(x=5), empty, []) is not None  # 68 %
+    # sides of 28.3 px: moved by 18 px, a second square leaves 64 % of the first in sight; by 16 px, 57 %
+    assert shapes._place(square._replace(x=43), owner, areas.copy()) is not None
+    assert shapes._place(square._replace(x=41), owner, areas.copy()) is None
+
+
 def test_the_kinds_by_their_area() -> None:
     """Area over that of the circumscribed square: pi/4, 1/2 (square), 3*sqrt(3)/16 (triangle), 0.33 (star)."""
     expected = {"circle": 0.7854, "square": 0.5, "triangle": 0.3248, "star": 5 * 0.45 * np.sin(np.pi / 5) / 4}

@@ -183,6 +183,9 @@ def test_chunks_make_no_difference(
     boxes[50]["bbox"] = [1, 2, 3]
     with pytest.raises(UserError, match=r"annotation 50: bbox is \[1, 2, 3\]"):
         parsed(tmp_path, content)
+    del boxes[50]["id"]
+    with pytest.raises(UserError, match=r"annotation entry number 51: "):
+        parsed(tmp_path, content)
 
 
 def test_coco_mini(shared: Path) -> None:

@@ -98,6 +98,15 @@ def test_canvases_are_few_and_hold_every_image() -> None:
         assert all(len(found) == 1 for found in canvases.values())
 
 
+def test_short_sides_of_one_bucket_share_a_canvas() -> None:
+    config = replace(CONFIG, short_side_min=65, short_side=101, long_side=400)
+    sampler = training_sampler(make_table([(40, 60)] * 4), config)
+    canvases = {(plan.short_side, plan.canvas) for plan in map(sampler.batch, range(1, 300))}
+    # 96 * 3 / 2 = 144 and 101 * 3 / 2 = 151.5, both within 160
+    assert {canvas for short, canvas in canvases if short <= 96} == {(96, 160)}
+    assert {canvas for short, canvas in canvases if short > 96} == {(128, 160)}
+
+
 def test_canvas_is_no_wider_than_the_data() -> None:
     landscape = training_sampler(make_table([(480, 640)] * 4), replace(CONFIG, short_side=800, long_side=1333))
     assert landscape.batch(1).canvas == (800, 1088)  # 1067 rounded up, not 1333 (spec PAA section 13, check 6)
