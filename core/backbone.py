@@ -225,7 +225,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _check_weights(state: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str) -> None:
     """Refuse weights of another network, naming the first keys that are missing, unknown, misshapen or not finite."""
     optional = ".offset."  # of deformable convolutions, which ImageNet's networks lack
-    missing = [key for key in wanted if key not in state and optional not in key]
+    missing = [key for key in wanted if key not in state and optional not in key and not _is_counter(key)]
     unknown = [key for key in state if key not in wanted]
     for kind, keys in (("missing", missing), ("unknown", unknown)):
         if keys:

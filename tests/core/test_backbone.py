@@ -202,8 +202,9 @@ def test_deformable_groups() -> None:
     module = backbone.get_submodule("layer4.0.conv2")
     assert isinstance(module, DeformConv)
     assert len(module.offset.weight) == 108
-    with pytest.raises(UserError, match="dcn_groups 3 does not divide the 512 channels"):
-        build_backbone(config(dcn_stages=(5,), dcn_groups=3))
+    for groups in (3, 0):
+        with pytest.raises(UserError, match=f"dcn_groups {groups} does not divide the 512 channels"):
+            meta_backbone(dcn_stages=(5,), dcn_groups=groups)
 
 
 def test_deformable_stages_run_in_both_profiles() -> None:
@@ -259,6 +260,16 @@ def test_load_safetensors_into_deformable(tmp_path: Path) -> None:
     loaded = backbone.state_dict()
     assert torch.equal(loaded["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
     assert not loaded["layer4.1.conv2.offset.weight"].any()
+
+
+def test_learning_batch_norm(tmp_path: Path) -> None:
+    fields = config(norm="batch", frozen_stages=0)
+    backbone = build_backbone(fields).train()
+    torch.save(torchvision_state(), tmp_path / "w.pth")
+    load_backbone_weights(backbone, str(tmp_path / "w.pth"), fields)
+    assert torch.equal(backbone.state_dict()["bn1.running_mean"], torch.zeros(64))
+    backbone(torch.randn(2, 3, 64, 64))
+    assert backbone.state_dict()["bn1.running_mean"].any()
 
 
 def test_none_changes_nothing(untouched: ResNetBackbone) -> None:
