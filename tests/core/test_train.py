@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from core import checkpoint
 from core.config import TrainConfig
+from core.data.loader import _load
 from core.errors import UserError
 from core.runlog import MACHINE_FIELDS, read_log
 from core.train import (
@@ -280,6 +282,29 @@ def test_stop_request_saves_and_resumes(tmp_path: Path, whole: Path, number: sig
     assert leaving.value.code == 0
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == step
     run_toy(config)
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_loader_workers_too_saves_and_resumes(tmp_path: Path, whole: Path, number: signal.Signals) -> None:
+    def make(step: int) -> Batch:
+        return next(batches(step - 1, step, 4))
+
+    def own_batches(start: int) -> Iterator[Batch]:
+        for step, batch in enumerate(_load(make, range(start + 1, STEPS + 1), config), start=start + 1):
+            if step == 7:  # as `timeout`, a batch system or Ctrl-C do
+                workers = multiprocessing.active_children()
+                subprocess.run(["kill", f"-{int(number)}", *(str(process.pid) for process in workers)], check=True)
+                for process in workers:
+                    process.join(0.3)  # one that ends here would end the run
+                os.kill(os.getpid(), number)
+            yield batch
+
+    config = ToyConfig(out=str(tmp_path / "run"), workers=2)
+    with pytest.raises(SystemExit) as leaving:
+        fit_toy(config, own_batches)
+    assert leaving.value.code == 0
+    fit_toy(config, own_batches)
     assert_same_run(tmp_path / "run", whole)
 
 
