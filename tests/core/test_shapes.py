@@ -78,7 +78,8 @@ def test_little_is_hidden() -> None:
 def test_a_shape_that_is_mostly_out_of_sight_is_not_placed() -> None:
     empty = np.full((50, 50), -1, np.int8)
     square = Shape(KINDS.index("square"), x=25, y=25, radius=20, angle=0, hue=0)
-    owner = shapes._place(square, empty, areas := [])
+    areas: list[int] = []
+    owner = shapes._place(square, empty, areas)
     assert owner is not None
     assert areas == [(owner == 0).sum()]
     assert shapes._place(square._replace(x=2), empty, []) is None  # 57 % inside the image
