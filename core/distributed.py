@@ -133,6 +133,16 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The main rank goes through the block before the others start: it downloads, they find the file."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:

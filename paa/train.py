@@ -36,7 +36,8 @@ def train(config: Config) -> dict[str, float]:
         steps = total_steps(config, len(training_images(data.train, config.empty_images)))
         seed_everything(config.seed, deterministic=config.deterministic)
         model = PAA(config, len(data.categories))
-        load_backbone_weights(model.backbone, config.backbone_weights, config)
+        with distributed.main_first():
+            load_backbone_weights(model.backbone, config.backbone_weights, config)
         load_start_weights(model, config, "paa")
         best = fit(
             model,
