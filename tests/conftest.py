@@ -17,6 +17,12 @@ def golden_arrays(name: str) -> dict[str, np.ndarray]:
         return {key: archive[key] for key in archive.files}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Packed annotation tables of the tests stay out of the user's cache folder."""
+    os.environ["ANCHORAGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and official reference numbers; skips where ANCHORAGE_SHARED is not set."""
