@@ -35,10 +35,12 @@ class RunLog:
     Only the main rank makes one.
     """
 
-    def __init__(self, folder: Path, *, step: int, steps: int, batch_size: int, tensorboard: bool) -> None:
+    def __init__(
+        self, folder: Path, *, step: int, evaluated: int, steps: int, batch_size: int, tensorboard: bool
+    ) -> None:
         self.steps = steps
         self.batch_size = batch_size
-        cut_log(folder / LOG, step)
+        cut_log(folder / LOG, step, evaluated)
         self.file = (folder / LOG).open("a", encoding="utf-8")
         self.events = _tensorboard_writer(folder, step) if tensorboard else None
         self.quiet = not sys.stderr.isatty()
@@ -131,9 +133,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Drop the rows after a step, which a resumed run writes again."""
-    kept = [json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step]
+def cut_log(path: Path, step: int, evaluated: int) -> None:
+    """Drop what a resumed run writes again: training rows after a step, evaluations after the last finished one."""
+    last = {"train": step, "val": evaluated}
+    kept = [json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= last[row["split"]]]
     write_text(path, "".join(kept))
 
 

@@ -77,9 +77,6 @@ def fit(
         criterion: (outputs, targets, step, steps) to loss terms; their sum is minimised. `step` counts from 1.
         batches: from a start step, the batches of the steps start + 1 ... steps of this rank.
         evaluate: the model in evaluation mode to metrics, `AP` among them; called on every rank, the main rank's count.
-        config: the run's configuration.
-        steps: length of the run.
-        device: where to train; the model is moved there.
         metadata: plain values that travel in every checkpoint: method, categories, geometry, profile, fingerprint ...
 
     Returns:
@@ -90,27 +87,22 @@ def fit(
         SystemExit: code 0 after SIGTERM or Ctrl-C, once everything is saved.
     """
     folder = Path(config.out)
-    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
-    state = State(model, build_optimizer(model, config), average)
     facts = {**metadata, "config": asdict(config), "steps": steps, "commit": commit() if distributed.is_main() else ""}
+    state = prepare(model, config, device)
     resume(state, folder, facts)
     if state.step == steps and state.evaluated == steps:
         _say(f"{folder} is a finished run: {_describe_best(state)}")
         return state.best
-    if distributed.is_main():
-        _open_folder(folder, config, facts, device)
-        _say(f"{folder}: steps {state.step + 1} to {steps} on {device}, commit {commit()[:10]}")
-    network = wrap(model, config, device)
-    model.train()
+    _open_folder(folder, config, facts, device)
+    _say(f"{folder}: steps {state.step + 1} to {steps} on {device}, commit {facts['commit'][:10]}")
+    network = wrap(state.model, config, device)
     guard = Guard(torch.full((), NEVER, device=device), {})
     with _open_log(folder, state, steps, config) as log, stop_requests() as stop_asked:
         if _due(state.step, config.eval_every, steps) and state.evaluated < state.step:
             validate(state, evaluate, folder, facts, log)
         for batch in batches(state.step):
             state.step += 1
-            lr = set_lr(state.optimizer, lr_at(state.step - 1, steps, config))
-            learn(network, criterion, batch, state, guard, config, steps)
+            lr = learn(network, criterion, batch, state, guard, config, steps)
             stopping = _agree(stop_asked, state.step, config, device)
             logs = _due(state.step, config.log_every, steps)
             evaluates = _due(state.step, config.eval_every, steps)
@@ -133,10 +125,19 @@ def fit(
     return state.best
 
 
+def prepare(model: nn.Module, config: TrainConfig, device: torch.device) -> State:
+    """The state before the first step: the model on its device in training mode, its optimiser, its average."""
+    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+    model.train()
+    return State(model, build_optimizer(model, config), average)
+
+
 def learn(
     network: nn.Module, criterion: Criterion, batch: Batch, state: State, guard: Guard, config: TrainConfig, steps: int
-) -> None:
-    """One step: forward, loss, backward, update. Never waits for the device."""
+) -> float:
+    """One step: forward, loss, backward, update; returns the learning rate. Never waits for the device."""
+    lr = set_lr(state.optimizer, lr_at(state.step - 1, steps, config))
     guard.image_ids[state.step] = batch.image_ids.tolist()
     batch = batch.to(guard.first_bad.device)
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -152,6 +153,7 @@ def learn(
         decay = min(config.ema, state.step / (state.step + 10))  # short at first: the initial weights mean nothing
         get_ema_multi_avg_fn(decay)(list(state.average.parameters()), list(state.model.parameters()), None)
     add_up(state, {"loss": loss, **losses, "gradient_norm": norm})
+    return lr
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
@@ -442,15 +444,23 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 
 def _open_folder(folder: Path, config: TrainConfig, facts: Mapping[str, Any], device: torch.device) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", to_yaml(config))
-    write_json(folder / "environment.json", environment(device, distributed.world_size(), facts))
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", to_yaml(config))
+        write_json(folder / "environment.json", environment(device, distributed.world_size(), facts))
 
 
 def _open_log(folder: Path, state: State, steps: int, config: TrainConfig) -> Any:
     if not distributed.is_main():
         return nullcontext()
-    return RunLog(folder, step=state.step, steps=steps, batch_size=config.batch_size, tensorboard=config.tensorboard)
+    return RunLog(
+        folder,
+        step=state.step,
+        evaluated=state.evaluated,
+        steps=steps,
+        batch_size=config.batch_size,
+        tensorboard=config.tensorboard,
+    )
 
 
 def _describe_best(state: State) -> str:

@@ -16,7 +16,7 @@ from core.runlog import RunLog, cut_log, draw_curves, environment, read_log, wri
 
 
 def open_log(folder: Path, step: int = 0, **changes: bool) -> RunLog:
-    return RunLog(folder, step=step, steps=10, batch_size=4, **{"tensorboard": False, **changes})
+    return RunLog(folder, step=step, evaluated=0, steps=10, batch_size=4, **{"tensorboard": False, **changes})
 
 
 def test_rows_and_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,12 +48,16 @@ def test_resuming_cuts_the_log(tmp_path: Path) -> None:
     rows = [{"step": step, "split": "train", "x": step / 3} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "spl')  # killed while writing
     assert read_log(path) == rows
-    cut_log(path, 2)
+    cut_log(path, 2, 0)
     assert path.read_text() == "".join(json.dumps(row) + "\n" for row in rows[:2])
     with open_log(tmp_path, step=2) as log:
         log.val(3, {"AP": 0.0})
     assert [row["step"] for row in read_log(path)] == [1, 2, 3]
-    cut_log(path, 0)
+    cut_log(path, 2, 3)
+    assert [row["step"] for row in read_log(path)] == [1, 2, 3]
+    cut_log(path, 2, 2)  # the evaluation was not finished
+    assert [row["step"] for row in read_log(path)] == [1, 2]
+    cut_log(path, 0, -1)
     assert path.read_text() == ""
 
 

@@ -262,6 +262,23 @@ def test_resume_after_an_error_is_bit_equal(tmp_path: Path, whole: Path, fail_at
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("place", ["draw_curves", "write_json"])
+def test_resume_after_an_error_in_an_evaluation(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fail(*arguments: Any) -> None:
+        if "metrics.json" in str(arguments) or place == "draw_curves":
+            raise RuntimeError("power cut")
+
+    config = ToyConfig(out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(f"core.train.{place}", fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run_toy(config)
+    run_toy(config)
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_resume_after_a_kill_is_bit_equal(tmp_path: Path, whole: Path) -> None:
     config = ToyConfig(out=str(tmp_path / "run"))
     settings = {"out": config.out, "kill_at": 9}
