@@ -44,7 +44,7 @@ class Details(NamedTuple):
 
     assignment: Assignment
     match: Int[Tensor, "B A"]  # object of each anchor by IoU, or BACKGROUND
-    scores: Float[Tensor, "B A"]  # anchor score; inf where unmatched or not finite
+    scores: Float[Tensor, "B A"]  # anchor score; inf where unmatched
     candidates: Candidates
     mixture: Mixture  # rows are the batch's objects, B * G
     component: Int[Tensor, "B G K"]
@@ -213,11 +213,10 @@ def anchor_scores(
     giou_eps: float = 1e-7,
     giou_floor: bool = False,
 ) -> Float[Tensor, "B A"]:
-    """How badly each anchor predicts its matched object, in float32 (Eq. 3, the negative log of Eq. 1).
+    """How badly each anchor predicts its matched object, in float32 or better (Eq. 3, the negative log of Eq. 1).
 
     The focal loss summed over classes plus `box_weight` (lambda_1) times the GIoU loss; low is good. Infinite where an
-    anchor is unmatched, and where a diverged network makes the score infinite or NaN: no such anchor may reach the
-    mixture.
+    anchor is unmatched; infinite or NaN where a diverged network's output is.
 
     Args:
         logits: class scores before the sigmoid.
@@ -230,9 +229,9 @@ def anchor_scores(
     """
     labels = _per_anchor(targets.labels, match, BACKGROUND)
     matched_boxes = _per_anchor(targets.boxes, match, 0)
-    class_loss = sigmoid_focal_loss(logits.float(), one_hot_labels(labels, logits.shape[-1])).sum(dim=-1)
+    class_loss = sigmoid_focal_loss(logits, one_hot_labels(labels, logits.shape[-1])).sum(dim=-1)
     scores = class_loss + box_weight * giou_loss(boxes, matched_boxes, giou_eps, giou_floor)
-    return scores.masked_fill((match < 0) | ~scores.isfinite(), torch.inf)
+    return scores.masked_fill(match < 0, torch.inf)
 
 
 def select_candidates(
@@ -241,7 +240,7 @@ def select_candidates(
     """Each object's `topk` matched anchors of lowest score on every level (Algorithm 1, lines 5-11).
 
     Args:
-        scores: anchor scores; anchors with an infinite one are no candidates.
+        scores: anchor scores. An anchor whose score is infinite or NaN is no candidate: it must not reach the mixture.
         match: object of each anchor, or BACKGROUND.
         objects: G, number of objects of an image, padding included.
         level_sizes: number of anchors of each level.

@@ -93,10 +93,9 @@ def split_candidates(
     outcome = separate(component, log_density, mask, scheme, first_component_only, all_without_first)
     count = valid.sum(dim=1, keepdim=True)
     positive = torch.where(count > 1, outcome.positive, mask & keep_single)
-    ignored = outcome.ignored & (count > 1)
     back = order.argsort(dim=1)
     component, log_density, positive, ignored = (
-        sorted_values.gather(1, back) for sorted_values in (component, log_density, positive, ignored)
+        sorted_values.gather(1, back) for sorted_values in (component, log_density, positive, outcome.ignored)
     )
     return Split(mixture, component, log_density, Separation(positive, ignored))
 
@@ -264,7 +263,7 @@ def separate(
     positive = first if scheme == "a" else up_to_peak & (first | (not first_component_only))
     positive = positive | (mask & ~has_first & all_without_first)
     if scheme == "b":
-        ignored = after_peak & (rank < _densest(log_density, second)) & second.any(dim=1, keepdim=True)
+        ignored = after_peak & (rank < _densest(log_density, second))
     elif scheme == "d":
         ignored = after_peak & first
     else:
@@ -273,5 +272,5 @@ def separate(
 
 
 def _densest(log_density: Float[Tensor, "N K"], among: Bool[Tensor, "N K"]) -> Int[Tensor, "N 1"]:
-    """First position of the largest density among some candidates; 0 where there are none."""
+    """First position of the largest density among some candidates; 0, which ignores nobody, where there are none."""
     return log_density.masked_fill(~among, -torch.inf).argmax(dim=1, keepdim=True)

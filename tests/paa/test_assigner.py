@@ -233,8 +233,8 @@ def test_candidates_worked() -> None:
 
 
 def test_candidates_of_equal_score_by_anchor() -> None:
-    candidates = select_candidates(torch.ones(1, 4), torch.zeros(1, 4, dtype=torch.int64), 1, [4], topk=2)
-    assert candidates.anchors.tolist() == [[[0, 1]]]
+    candidates = select_candidates(torch.ones(1, 3000), torch.zeros(1, 3000, dtype=torch.int64), 1, [3000], topk=3)
+    assert candidates.anchors.tolist() == [[[0, 1, 2]]]
 
 
 def perfect_scene(boxes: list[list[float]], slots: int | None = None) -> tuple[Tensor, Tensor, AnchorGrid, Targets]:

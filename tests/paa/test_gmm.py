@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import TypeCheckError
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from paa.gmm import Split, _run_all, fit_sorted, predict, separate, split_candidates
+from paa.gmm import Split, _rows, _run_all, _start, _step, fit_sorted, predict, separate, split_candidates
 from tests.conftest import golden_arrays
 
 MMDET = {"keep_single": False, "first_component_only": True, "all_without_first": False}
@@ -233,9 +232,15 @@ def test_offset_does_not_cancel() -> None:
     assert signs(far) == signs(near)
 
 
-def test_wrong_shape_is_refused() -> None:
-    with pytest.raises(TypeCheckError):
-        split_candidates(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.bool))
+def test_component_that_loses_all_values_stays_finite() -> None:
+    values, mask = torch.tensor([[1.0, 2.0]], dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
+    rows = _rows(values, mask)
+    start = _start(rows, mask)
+    far = torch.tensor([[[1.5]], [[1e6]]], dtype=torch.float64)
+    after = _step(rows, start._replace(means=far, distances=rows.values - far))
+    # ten epsilons over two values; its mean, a sum of nothing over them, is 0
+    assert after.weights[:, 0, 0].tolist() == pytest.approx([1, 5 * 2**-52], rel=1e-12)
+    assert after.means[:, 0, 0].tolist() == pytest.approx([1.5, 0], rel=1e-12)
 
 
 losses_of_one_object = st.lists(st.floats(0.0, 20.0, width=32), min_size=1, max_size=45)
