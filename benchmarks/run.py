@@ -69,6 +69,22 @@ BCCD_NOTE = (
 )
 BCCD_PAA = f"--preset small --backbone-weights {RESNET18} --short-side 256 --long-side 342"
 
+COCO_NOTE = (
+    "Data: COCO 2017, labels CC BY 4.0, images each under its own Flickr licence, many non-commercial. Weights of "
+    "Permute, Quantize, and Fine-tune (Uber Non-Commercial License): results for non-commercial use only."
+)
+MEMORISE = Detector(
+    "600 x 4 images, bf16",
+    (
+        f"benchmarks.subset {SHARED}/data/coco_mini.yaml --images 16 --out {{out}}/sixteen.yaml",
+        f"paa.train --preset small --data {{out}}/sixteen.yaml --backbone-weights {RESNET18} --channels 128 "
+        "--short-side 384 --long-side 640 --steps 600 --batch-size 4 --lr 0.01 --precision bf16 --seed {seed} "
+        "--out {out}/run",
+        "paa.evaluate {out}/run/best.pt --split train --out {out}/train",
+    ),
+    "{out}/train/metrics.json",
+)
+
 COMPARISONS = {
     "bccd-fcos": Comparison(
         file="bccd_peer.json",
@@ -93,6 +109,13 @@ COMPARISONS = {
         data=BCCD_DATA,
         licence_note=BCCD_NOTE,
         detectors={"paa": paa("1200 x 8 images", BCCD, f"{BCCD_PAA} --steps 1200 --batch-size 8", "test")},
+    ),
+    "coco-memorise": Comparison(
+        file="coco_memorise.json",
+        seeds=1,
+        data="the 16 images of lowest id of COCO train2017's part in coco_mini; AP on the same images",
+        licence_note=COCO_NOTE,
+        detectors={"paa": MEMORISE},
     ),
     "quick": Comparison(
         file="quick.json",

@@ -42,23 +42,22 @@ def percent(summary: dict[str, Any], metric: str) -> str:
 
 
 def detector_row(results: Path, file: str, key: str, label: str) -> list[str]:
-    """A detector's cells: training, AP, AP50, AP75, seeds, minutes of one run; `not measured` without its file."""
+    """A detector's cells: training, AP, AP50, AP75, seeds; `not measured` without its file."""
     result = read_result(results / file)
     if result is None or key not in result["detectors"]:
-        return [label, *[NOT_MEASURED] * 6]
+        return [label, *[NOT_MEASURED] * 5]
     measured = result["detectors"][key]
     return [
         label,
         measured["training"],
         *(percent(measured, metric) for metric in ("AP", "AP50", "AP75")),
         str(len(measured["runs"])),
-        f"{measured['mean']['seconds'] / 60:.1f}",
     ]
 
 
 def detector_table(results: Path, rows: Sequence[tuple[str, str, str]]) -> str:
     """One row for each (result file, detector in it, label)."""
-    header = ["detector", "training", "AP", "AP50", "AP75", "seeds", "minutes a run"]
+    header = ["detector", "training", "AP", "AP50", "AP75", "seeds"]
     return markdown(header, [detector_row(results, *row) for row in rows])
 
 
@@ -78,6 +77,14 @@ def quick_table(results: Path) -> str:
     return detector_table(results, [("quick.json", "paa", "PAA, preset `quick`")])
 
 
+def coco_table(results: Path) -> str:
+    """Real images learnt by heart."""
+    rows = [("coco_memorise.json", "paa", "PAA, ResNet-18, 16 COCO images, tested on the same")]
+    result = read_result(results / rows[0][0])
+    note = f"\n{result['licence_note']}\n" if result else ""
+    return detector_table(results, rows) + note
+
+
 def speed_table(results: Path) -> str:
     """What `benchmarks.speed` measured, one row for each case."""
     result = read_result(results / "speed.json")
@@ -94,7 +101,12 @@ def speed_cells(row: dict[str, Any]) -> list[str]:
     return [row["what"], row["reference"], *times, f"{row['ratio']:.1f}", f"≥ {row['target']:g}"]
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"bccd": bccd_table, "quick": quick_table, "speed": speed_table}
+TABLES: dict[str, Callable[[Path], str]] = {
+    "bccd": bccd_table,
+    "coco": coco_table,
+    "quick": quick_table,
+    "speed": speed_table,
+}
 
 
 def filled(text: str, results: Path) -> str:

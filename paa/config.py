@@ -22,7 +22,7 @@ class Config(TrainConfig):
     pre_nms_top: int = 1000  # candidates of each level that reach NMS
     nms_iou: float = 0.6  # a detection with a larger IoU to a better one of its class is dropped
     max_detections: int = 100  # of an image
-    score_voting: bool = True  # refine kept boxes by their neighbours, section 3.4
+    score_voting: bool = True  # refine kept boxes by their neighbours, section 3.3
     voting_sigma: float = 0.025  # width of the voting weight; the paper prints 0.0025, the authors' code has 0.025
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ class Outputs(NamedTuple):
 
 
 class PAA(nn.Module):
-    """RetinaNet's layout with one anchor a location and an IoU branch (section 3.3)."""
+    """RetinaNet's layout with one anchor a location and an IoU branch (section 3.2)."""
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__()

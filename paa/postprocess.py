@@ -1,4 +1,4 @@
-"""PAA's outputs to detections: unified score, class-wise NMS, score voting (paper section 3.4, spec section 6)."""
+"""PAA's outputs to detections: unified score, class-wise NMS, score voting (paper section 3.3, spec section 6)."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -109,7 +109,7 @@ def _mask(index: Int[Tensor, " m"], like: Int[Tensor, "B A"]) -> Bool[Tensor, "B
 def vote(
     kept: Candidates, pool: Candidates, sigma: float = 0.025, geometry: Geometry = MODERN, chunk: int = CHUNK
 ) -> Float[Tensor, "k 4"]:
-    """Score voting (section 3.4): every kept box becomes a weighted mean of the candidates around it.
+    """Score voting (section 3.3): every kept box becomes a weighted mean of the candidates around it.
 
     box = sum_i w_i box_i / sum_i w_i with w_i = exp(-(1 - IoU_i)^2 / sigma) * score_i, over all candidates of the same
     image and class with IoU > 0.01: the box itself and those that NMS suppressed too. IoUs are those before voting.

@@ -1,7 +1,9 @@
 """Detect with PAA and draw what it finds.
 
-python -m paa.predict runs/paa/quick/best.pt shapes                  # some drawn test images
-python -m paa.predict runs/paa/quick/best.pt photo.jpg folder/       # files and folders
+    python -m paa.predict runs/paa/quick/best.pt shapes              # some drawn test images
+    python -m paa.predict runs/paa/quick/best.pt photo.jpg folder/   # files and folders
+
+Pictures and `predictions.json` go into a folder beside the weights.
 """
 
 from core import cli

@@ -1,8 +1,10 @@
 """Train PAA.
 
-python -m paa.train                        # the paper's schedule on COCO
-python -m paa.train --preset quick         # drawn images, CPU, a few minutes
-torchrun --nproc-per-node 8 -m paa.train   # the same run on eight GPUs
+    python -m paa.train                        # the paper's schedule on COCO
+    python -m paa.train --preset quick         # drawn images, CPU, a few minutes
+    torchrun --nproc-per-node 8 -m paa.train   # the paper's run on eight GPUs
+
+The same command again goes on where its run folder stopped.
 """
 
 from functools import partial
