@@ -1,5 +1,6 @@
 """What every method's commands have in common: they answer at once, and a mistake is one line."""
 
+import os
 import re
 import subprocess
 import sys
@@ -76,6 +77,25 @@ def test_missing_weights_are_one_line(method: str, command: str, tmp_path: Path)
     result = answer(f"{method}.{command}", str(tmp_path / "none.pt"), *image)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path / 'none.pt'}")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_users_own_core_folder_is_named(method: str, tmp_path: Path) -> None:
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core" / "__init__.py").write_text("")
+    result = subprocess.run(
+        [sys.executable, "-m", f"{method}.train", "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert str(tmp_path / "core") in result.stderr
     assert result.stderr.count("\n") == 1
 
 

@@ -6,6 +6,7 @@ import pickle
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -199,22 +200,24 @@ def test_one_is_loadable_after_a_crash_at_any_rename(
     assert latest_step(tmp_path) == 3
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
     """Files of this process may not pass 1000 bytes: writing fails half-way, as on a full disk."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_full_disk_leaves_old_files(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_full_disk_leaves_old_files(tmp_path: Path) -> None:
     save_step(tmp_path, 1)
     save_step(tmp_path, 2)
-    request.getfixturevalue("small_disk")
-    with pytest.raises(UserError, match=r"last.pt: cannot be saved: File too large; what was there before is unharmed"):
+    reason = r"last.pt: cannot be saved: File too large; what was there before is unharmed"
+    with pytest.raises(UserError, match=reason), small_disk():
         save_step(tmp_path, 3)
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "previous.pt"]
     assert latest_step(tmp_path) == 2
