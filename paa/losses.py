@@ -7,7 +7,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from core.anchors import anchors_inside
 from core.boxes import box_iou, decode_deltas
-from core.distributed import mean_over_ranks
+from core.distributed import sum_over_ranks, world_size
 from core.losses import giou_loss, one_hot_labels, sigmoid_focal_loss
 from core.types import IGNORED, Assignment, Targets
 from paa.assigner import assign_paa
@@ -95,12 +95,16 @@ def positive_boxes(
 def normalisers(
     assignment: Assignment, ious: Float[Tensor, "B A"], config: Config
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Number of positives, at least 1, and the sum of their IoUs, averaged over ranks (spec section 5).
+    """Number of positives, at least 1, and the sum of their IoUs, for the gradient that DDP averages over ranks.
 
-    DDP averages gradients over ranks, so these averages make the gradient that of one process with the whole batch.
+    `global` (ours): the sum over ranks is floored, then divided by the ranks, so that the gradient is that of one
+    process with the whole batch, whatever the ranks. `average` (the authors): the average over ranks is floored; the
+    same unless there are fewer positives than ranks. `local` (MMDetection): each rank's own (spec section 5).
     """
     profile = PAA_PROFILES[config.profile]
-    sums = torch.stack([assignment.positive.sum().to(ious.dtype), ious.sum()])
-    if profile.average_over_ranks:
-        sums = mean_over_ranks(sums)
-    return sums[0].clamp(min=1), sums[1].clamp(min=profile.box_normaliser_floor)
+    sums, ranks = torch.stack([assignment.positive.sum().to(ious.dtype), ious.sum()]), 1
+    if profile.normaliser != "local":
+        sums, ranks = sum_over_ranks(sums), world_size()
+    share = ranks if profile.normaliser == "average" else 1
+    count, iou_sum = sums.unbind()
+    return count.clamp(min=share) / ranks, iou_sum.clamp(min=share * profile.box_normaliser_floor) / ranks

@@ -12,6 +12,7 @@ from typing import Literal
 from core.profiles import ProfileName
 
 LowQualityRule = Literal["own", "overwrite"]
+NormaliserRule = Literal["global", "average", "local"]
 Scheme = Literal["a", "b", "c", "d"]
 
 
@@ -26,7 +27,7 @@ class PaaProfile:
     first_component_only: bool  # candidates of component 1 below the density peak are negative, else positive
     all_without_first: bool  # where component 0 is empty all candidates are positive; otherwise none
     # losses, section 3.2
-    average_over_ranks: bool  # normalisers are averaged over ranks; otherwise each rank uses its own
+    normaliser: NormaliserRule  # of the losses: see `paa.losses.normalisers`
     count_images: bool  # the class loss is divided by at least the rank's number of images; otherwise by at least 1
     box_normaliser_floor: float  # smallest divisor of the box loss, where the IoUs of all positives sum to 0
     giou_eps: float  # square pixels that keep GIoU's two ratios finite ...
@@ -49,7 +50,7 @@ PAA_PROFILES: dict[ProfileName, PaaProfile] = {
         keep_single=True,
         first_component_only=False,
         all_without_first=True,
-        average_over_ranks=True,
+        normaliser="global",
         count_images=False,
         box_normaliser_floor=1e-6,
         giou_eps=1e-7,
@@ -66,7 +67,7 @@ PAA_PROFILES: dict[ProfileName, PaaProfile] = {
         keep_single=False,
         first_component_only=True,
         all_without_first=False,
-        average_over_ranks=False,
+        normaliser="local",
         count_images=True,
         box_normaliser_floor=NO_FLOOR,
         giou_eps=1e-6,
@@ -83,7 +84,7 @@ PAA_PROFILES: dict[ProfileName, PaaProfile] = {
         keep_single=True,
         first_component_only=False,
         all_without_first=True,
-        average_over_ranks=True,
+        normaliser="average",
         count_images=False,
         box_normaliser_floor=NO_FLOOR,
         giou_eps=1e-7,

@@ -186,7 +186,7 @@ def test_box_loss_is_weighted_by_iou() -> None:
 
 
 def test_normalisers_by_hand() -> None:
-    # Spec check 10: 3 and 5 positives on two ranks average to 4 (tests/paa/test_ranks.py); without positives 1.
+    # The three IoUs sum to 0.875; without positives the divisor is 1, and 1e-6 where the IoUs are summed.
     config = Config()
     assignment = tiny(config, [0, 1, 1])[2]
     ious = torch.tensor([[0.5, 0.25, 0.125] + [0.0] * 20])
@@ -194,6 +194,27 @@ def test_normalisers_by_hand() -> None:
     assert (float(count), float(iou_sum)) == (3.0, 0.875)
     count, iou_sum = normalisers(tiny(config, [])[2], ious * 0, config)
     assert (float(count), float(iou_sum)) == (1.0, pytest.approx(1e-6))
+
+
+@pytest.mark.parametrize(
+    ("profile", "mine", "other", "count", "iou_sum"),
+    [
+        ("ours", 3, 5, 4, 0.9375),  # spec check 10: 3 and 5 positives on two ranks; IoU sums 0.875 and 1
+        ("official", 3, 5, 4, 0.9375),
+        ("mmdet", 3, 5, 3, 0.875),
+        ("ours", 0, 0, 0.5, 5e-7),  # none anywhere: the floor of 1 is shared by the ranks ...
+        ("official", 0, 0, 1, 1e-12),  # ... or each rank's own
+    ],
+)
+def test_normalisers_of_two_ranks(
+    monkeypatch: pytest.MonkeyPatch, profile: str, mine: int, other: int, count: float, iou_sum: float
+) -> None:
+    config = replace(Config(), profile=profile)  # type: ignore[arg-type]
+    monkeypatch.setattr("paa.losses.world_size", lambda: 2)
+    monkeypatch.setattr("paa.losses.sum_over_ranks", lambda sums: sums + torch.tensor([float(other), other / 5]))
+    ious = torch.tensor([[0.5, 0.25, 0.125] + [0.0] * 20]) * (mine > 0)
+    ours = normalisers(tiny(config, [0, 1, 1][:mine])[2], ious, config)
+    assert [float(part) for part in ours] == pytest.approx([count, iou_sum])
 
 
 def test_mmdet_counts_images() -> None:

@@ -12,9 +12,12 @@ def test_every_profile_of_core_has_paas_switches() -> None:
     assert set(PAA_PROFILES) == set(PROFILES)
 
 
-def test_ours_is_the_authors_method_but_for_two_corrections() -> None:
+def test_ours_is_the_authors_method_but_for_three_corrections() -> None:
     ours = PAA_PROFILES["ours"]
-    assert replace(ours, box_normaliser_floor=1e-12, drop_empty_boxes=False) == PAA_PROFILES["official"]
+    assert (
+        replace(ours, normaliser="average", box_normaliser_floor=1e-12, drop_empty_boxes=False)
+        == PAA_PROFILES["official"]
+    )
 
 
 def test_mmdet_follows_the_table() -> None:
@@ -25,7 +28,7 @@ def test_mmdet_follows_the_table() -> None:
     assert not mmdet.keep_single
     assert mmdet.first_component_only
     assert not mmdet.all_without_first
-    assert not mmdet.average_over_ranks
+    assert mmdet.normaliser == "local"
     assert mmdet.count_images
     assert not mmdet.threshold_on_class
     assert not mmdet.top_over_pairs
