@@ -1,9 +1,10 @@
 """Where the authors' PAA and MMDetection's differ in method (imports no torch).
 
 Each row of spec PAA sections 0 and 14 that only PAA needs is a field here; the architecture and data switches that
-other methods share stand in `core/profiles.py`. `ours` takes the authors' choice everywhere, with two corrections that
-no normal COCO batch feels: the box loss's normaliser has a floor, and boxes without area are dropped at test. In all
-profiles an image without objects is all negative (the authors' code stops with an error there).
+other methods share stand in `core/profiles.py`. `ours` takes the authors' choice everywhere, with three corrections
+that no normal COCO batch feels: normalisers do not depend on the number of ranks where there are fewer positives than
+ranks, that of the box loss has a floor, and boxes without area are dropped at test. In all profiles an image without
+objects is all negative (the authors' code stops with an error there).
 """
 
 from dataclasses import dataclass
