@@ -141,6 +141,7 @@ def compare(name: str, seeds: int, results: Path, runs: Path, only: Sequence[str
     """
     comparison = COMPARISONS[name]
     path = results / comparison.file
+    path.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(path.read_text(encoding="utf-8"))["detectors"] if path.exists() else {}
     for seed in range(seeds):
         for key, detector in comparison.detectors.items():
