@@ -1,0 +1,174 @@
+"""`evaluate` and `predict` of every method on a model of two steps: what they write, and what they refuse."""
+
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.errors import UserError
+from core.evaluator import METRICS, evaluate_boxes, read_detections, read_ground_truth
+from tests.runs import METHODS, TINY, run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn") / "data"
+    run("core.data", "shapes", str(folder), "--train", "4", "--val", "5", "--test", "2")
+    return folder
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A method and its checkpoint. A low threshold: an untrained model would find nothing."""
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    schedule = ("--steps", "2", "--batch-size", "2", "--workers", "0", "--score-threshold", "0.001")
+    run(f"{request.param}.train", "--data", str(data), *TINY, *schedule, "--out", str(out))
+    return request.param, out / "best.pt"
+
+
+@pytest.fixture(autouse=True)
+def undo_deterministic() -> Iterator[None]:
+    """The flag --deterministic sets it for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def call(module: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """A command in this process; its mistakes arrive as UserError."""
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    importlib.import_module(module).main()
+
+
+def test_evaluate_writes_what_the_evaluator_says(
+    trained: tuple[str, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    method, weights = trained
+    call(f"{method}.evaluate", monkeypatch, str(weights), "--workers", "0", "--out", str(tmp_path))
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    found = read_detections(tmp_path / "detections.json")
+    assert len(found.scores) > 0
+    expected = evaluate_boxes(read_ground_truth(data / "annotations" / "instances_val.json"), found, "pycocotools")
+    assert {name: metrics[name] for name in METRICS} == pytest.approx(expected.metrics, abs=1e-9)
+    assert metrics["per_class_AP"].keys() == {"circle", "square", "triangle", "star"}
+    assert "5 images" in capsys.readouterr().out
+
+
+def test_deterministic_detections_are_the_same_bytes_for_any_batch_size(
+    trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, weights = trained
+    written = []
+    for size in ("1", "2", "5"):
+        flags = ("--workers", "0", "--deterministic", "--batch-size", size, "--out", str(tmp_path / size))
+        call(f"{method}.evaluate", monkeypatch, str(weights), *flags)
+        written.append((tmp_path / size / "detections.json").read_bytes())
+    assert written[0] == written[1] == written[2]
+
+
+def test_batch_size_moves_detections_by_rounding_only(
+    trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, weights = trained
+    parts = []
+    for size in ("1", "5"):
+        out = tmp_path / size
+        call(f"{method}.evaluate", monkeypatch, str(weights), "--workers", "0", "--batch-size", size, "--out", str(out))
+        parts.append(read_detections(out / "detections.json"))
+    one, five = (part._asdict() for part in parts)
+    order = [np.lexsort((part["scores"].round(4), part["category_id"], part["image_id"])) for part in (one, five)]
+    assert len(order[0]) == len(order[1])
+    np.testing.assert_allclose(one["scores"][order[0]], five["scores"][order[1]], atol=1e-4)
+
+
+def test_predict_draws_every_image_once(
+    trained: tuple[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, weights = trained
+    other = tmp_path / "other"
+    first = sorted((data / "val").iterdir())[0]
+    shutil.copytree(data / "val", other)
+    flags = ("--score", "0", "--workers", "0", "--out", str(tmp_path / "out"))
+    call(f"{method}.predict", monkeypatch, str(weights), str(other), str(first), *flags)
+    records = json.loads((tmp_path / "out" / "predictions.json").read_text(encoding="utf-8"))
+    assert len(records) == 6
+    drawn = [record["drawn"] for record in records]
+    assert len(set(drawn)) == 6  # the same file name twice gets a number
+    for record in records:
+        with Image.open(tmp_path / "out" / record["drawn"]) as picture:
+            assert picture.size == (record["width"], record["height"])
+        scores = [detection["score"] for detection in record["detections"]]
+        assert scores == sorted(scores, reverse=True)
+        for detection in record["detections"]:
+            x1, y1, x2, y2 = detection["box"]
+            assert -0.01 <= x1 <= x2 <= record["width"] + 0.01
+            assert -0.01 <= y1 <= y2 <= record["height"] + 0.01
+
+
+def test_predict_finds_what_evaluate_finds(
+    trained: tuple[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, weights = trained
+    content = json.loads((data / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
+    image = content["images"][0]
+    call(f"{method}.evaluate", monkeypatch, str(weights), "--workers", "0", "--deterministic", "--out", str(tmp_path))
+    found = read_detections(tmp_path / "detections.json")
+    rows = found.image_id == image["id"]
+    flags = ("--score", "0", "--workers", "0", "--deterministic", "--out", str(tmp_path / "predicted"))
+    call(f"{method}.predict", monkeypatch, str(weights), str(data / "val" / image["file_name"]), *flags)
+    (record,) = json.loads((tmp_path / "predicted" / "predictions.json").read_text(encoding="utf-8"))
+    boxes = np.array([detection["box"] for detection in record["detections"]])
+    boxes[:, 2:] -= boxes[:, :2]
+    np.testing.assert_allclose(boxes, found.boxes[rows], atol=0.02)
+
+
+def test_other_classes_are_refused(
+    trained: tuple[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, weights = trained
+    renamed = tmp_path / "data"
+    shutil.copytree(data, renamed)
+    for path in (renamed / "annotations").iterdir():
+        path.write_text(path.read_text(encoding="utf-8").replace('"star"', '"stair"'), encoding="utf-8")
+    with pytest.raises(UserError, match=r"class 4 'star' is 4 'stair' in .*instances_val"):
+        call(f"{method}.evaluate", monkeypatch, str(weights), "--data", str(renamed), "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere.jpg",), "nowhere.jpg: no such image or folder"),
+        (("EMPTY",), "no images in this folder"),
+        (("TEXT",), "not an image"),
+        (("IMAGE", "--score", "2"), r"--score must be in \[0, 1\], got 2.0"),
+        (("IMAGE", "--batch-size", "0"), "batch_size must be at least 1, got 0"),
+        (("IMAGE", "--device", "gpu"), "device 'gpu' is not known"),
+    ],
+)
+def test_predict_refuses(
+    trained: tuple[str, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    method, weights = trained
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("words")
+    places = {"EMPTY": tmp_path / "empty", "TEXT": tmp_path / "text.jpg", "IMAGE": next((data / "val").iterdir())}
+    words = [str(places.get(word, word)) for word in arguments]
+    with pytest.raises(UserError, match=message) as error:
+        call(f"{method}.predict", monkeypatch, str(weights), *words, "--out", str(tmp_path / "out"))
+    assert "\n" not in str(error.value)
