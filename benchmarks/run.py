@@ -64,8 +64,9 @@ BCCD = f"{SHARED}/data/bccd.yaml"
 RESNET18 = f"{SHARED}/data/weights/resnet18_pqf_fp16.pth"
 BCCD_DATA = "BCCD (Shenggan/BCCD_Dataset, MIT), 205 training images; AP on its 72 test images"
 BCCD_NOTE = (
-    "Data: BCCD, MIT licence. Both start from the ResNet-18 weights of Permute, Quantize, and Fine-tune (Uber "
-    "Non-Commercial License): results for non-commercial use only."
+    "Equal budget: the same images, size, steps and start; each detector with its own recipe (FCOS: lr 0.005, float32; "
+    "PAA: lr 0.01, bf16). Data: BCCD, MIT licence. Both start from the ResNet-18 weights of Permute, Quantize, and "
+    "Fine-tune (Uber Non-Commercial License): results for non-commercial use only."
 )
 # A short run: a higher rate than the paper's, bounded gradients, and late drops, as the peer has them.
 SHORT_RUN = "--lr 0.01 --clip-grad-norm 5 --warmup linear --warmup-factor 0.1 --milestones 0.75 0.9 --precision bf16"
@@ -153,7 +154,7 @@ def compare(name: str, seeds: int, results: Path, runs: Path, only: Sequence[str
                 continue
             kept.append(one_run(detector, seed, runs / name / f"{key}-{seed}"))
             done[key] = summary(detector, kept)
-            write_json(path, header(comparison, seeds) | {"detectors": done})
+            write_json(path, header(comparison, done) | {"detectors": done})
 
 
 def is_current(run: dict[str, Any], detector: Detector) -> bool:
@@ -215,9 +216,10 @@ def summary(detector: Detector, runs: Sequence[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def header(comparison: Comparison, seeds: int) -> dict[str, Any]:
+def header(comparison: Comparison, done: dict[str, Any]) -> dict[str, Any]:
     """Where the numbers come from: command, commit, versions, device, seeds, data, licence note."""
-    origin = {"seeds": list(range(seeds)), "data": comparison.data, "licence_note": comparison.licence_note}
+    seeds = sorted({run["seed"] for detector in done.values() for run in detector["runs"]})
+    origin = {"seeds": seeds, "data": comparison.data, "licence_note": comparison.licence_note}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return environment(device, 1, {}) | origin
 

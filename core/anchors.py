@@ -78,7 +78,7 @@ def anchor_grid(
 def anchors_inside(grid: AnchorGrid, sizes: Int[Tensor, "B 2"]) -> Bool[Tensor, "B A"]:
     """Anchors whose cell lies in their image's own size rounded up to `SIZE_DIVISOR`, not in the batch's padding.
 
-    A level of a 117 x 150 image covers ceil(128 / stride) rows and ceil(160 / stride) columns (core/README.md, profiles).
+    A level of a 117 x 150 image covers ceil(128 / stride) rows and ceil(160 / stride) columns.
     """
     rounded = -(-sizes // SIZE_DIVISOR) * SIZE_DIVISOR
     masks = []

@@ -35,7 +35,7 @@ def predict_parser(method: str) -> OneLineParser:
 
 
 def _add_hardware(parser: OneLineParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--workers", type=int, help="loader processes")
     parser.add_argument("--batch-size", type=int, help="images of a forward over all processes")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the network")

@@ -16,7 +16,10 @@ from core.errors import UserError, nearest
 
 ConfigType = TypeVar("ConfigType", bound=TrainConfig)
 
-USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # the machine's, not the code's
+USER_ERRNOS = (  # the machine's or the path's, not the code's
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
 
 
 class OneLineParser(argparse.ArgumentParser):

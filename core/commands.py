@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,8 +26,8 @@ from core.data.table import Category, Table
 from core.data.transforms import resize, resized_sizes
 from core.draw import draw_detections
 from core.errors import UserError
-from core.evaluator import METRICS, evaluate_boxes, ground_truth_from_table, write_detections
-from core.inference import Detect, check_categories, detect_batch, detect_table
+from core.evaluator import METRICS, evaluate_boxes, write_detections
+from core.inference import Detect, check_categories, detect_batch, detect_table, ground_truth
 from core.runlog import write_json
 from core.train import seed_everything
 from core.types import Batch, Detections
@@ -69,14 +71,16 @@ def evaluate(
         found = detect_table(trained.model, detect, table, trained.config, device)
         if not distributed.is_main():
             return {}
-        result = evaluate_boxes(ground_truth_from_table(table), found, arguments.backend)
+        result = evaluate_boxes(ground_truth(table), found, arguments.backend)
         out = arguments.out or arguments.weights.parent / f"evaluate-{arguments.split}"
         out.mkdir(parents=True, exist_ok=True)
         write_detections(out / "detections.json", found)
-        names = {category.id: category.name for category in table.categories}
-        per_class = {names[number]: ap for number, ap in result.category_ap.items()}
+        per_class = [
+            {"id": category.id, "name": category.name, "AP": result.category_ap[category.id]}
+            for category in table.categories
+        ]
         facts = {"weights": str(arguments.weights), "data": data.name, "split": arguments.split}
-        write_json(out / "metrics.json", {**result.metrics, "per_class_AP": per_class, **facts})
+        write_json(out / "metrics.json", {**result.metrics, "per_class": per_class, **facts})
         print(f"{len(found.scores)} detections on {len(table)} images of {data.name} {arguments.split}")
         for name, value in result.metrics.items():
             print(f"{name:<6} {'none' if value < 0 else f'{value:.4f}'}   {METRICS[name]}")
@@ -98,13 +102,16 @@ def predict(
     sources = list(find_images(arguments.images, trained.config))
     out.mkdir(parents=True, exist_ok=True)
     records = []
-    for source, target in zip(tqdm(sources, disable=not sys.stderr.isatty()), output_names(sources), strict=True):
-        image = source.read()
-        boxes, scores, labels = detect_image(trained.model, detect, image, trained.config, device)
-        keep = scores >= arguments.score
-        boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
-        draw_detections(image, boxes, scores, labels, names).save(out / target)
-        records.append(prediction_record(source.name, target, image, boxes, scores, labels, trained.categories))
+    with tempfile.TemporaryDirectory(dir=out) as unfinished:  # nothing is left behind when an image cannot be read
+        for source, target in zip(tqdm(sources, disable=not sys.stderr.isatty()), output_names(sources), strict=True):
+            image = source.read()
+            boxes, scores, labels = detect_image(trained.model, detect, image, trained.config, device)
+            keep = scores >= arguments.score
+            boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+            draw_detections(image, boxes, scores, labels, names).save(Path(unfinished, target))
+            records.append(prediction_record(source.name, target, image, boxes, scores, labels, trained.categories))
+        for record in records:
+            os.replace(Path(unfinished, record["drawn"]), out / record["drawn"])
     (out / "predictions.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     count = sum(len(record["detections"]) for record in records)
     print(f"{count} detections with score {arguments.score:g} or more in {len(records)} images, drawn in {out}")
@@ -126,6 +133,8 @@ def load_trained(
     seed_everything(config.seed, deterministic=config.deterministic)
     categories = tuple(Category(int(number), str(name)) for number, name in content["categories"])
     model = build(config, len(categories))
+    if "average" in content and content["average"] is not None:
+        content = {**content, "model": content["average"]}  # what training evaluated
     checkpoint.load_weights(model, content, arguments.weights)
     model = model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     return Trained(model, config, categories)

@@ -80,7 +80,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"set exactly one of steps and epochs, got steps {self.steps} and epochs {self.epochs}")
-        _check_positive(self, "batch_size", "short_side", "long_side", "channels", "save_every", "log_every")
+        self._check_least(
+            1, "batch_size", "short_side", "long_side", "channels", "save_every", "log_every", "dcn_groups"
+        )
+        self._check_least(1, "paper_batch_size")
+        self._check_least(0, "workers", "eval_every", "warmup_steps", "warmup_factor", "lr_decay", "momentum")
+        self._check_least(0, "weight_decay", "bias_lr_factor", "bias_weight_decay", "clip_grad_norm", "paper_lr")
+        if self.lr is not None:
+            self._check_least(0, "lr")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.epochs is not None and not self.epochs > 0:
@@ -106,8 +113,16 @@ class TrainConfig:
             raise ValueError(f"milestones must be rising fractions of the run in (0, 1], got {self.milestones}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        if self.workers < 0 or self.eval_every < 0:
-            raise ValueError(f"workers and eval_every must not be negative, got {self.workers}, {self.eval_every}")
+        if self.backbone_weights == "none" and self.frozen_stages:
+            raise ValueError(
+                f"backbone_weights none means random stages, which must learn: set frozen_stages 0 (and norm batch), "
+                f"got {self.frozen_stages}"
+            )
+
+    def _check_least(self, least: int, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     @property
     def learning_rate(self) -> float:
@@ -123,12 +138,6 @@ class TrainConfig:
     def switches(self) -> Profile:
         """The shared switches of `profile`."""
         return PROFILES[self.profile]
-
-
-def _check_positive(config: TrainConfig, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
 def total_steps(config: TrainConfig, images: int) -> int:

@@ -173,7 +173,7 @@ def read_yaml(path: str | Path, cls: type[TrainConfig]) -> dict[str, Any]:
     Raises:
         UserError: for a missing or malformed file, an unknown field (naming the nearest) or a value of the wrong type.
     """
-    return _convert_fields(_read_mapping(Path(path)), cls, str(path))
+    return _convert_fields(read_mapping(Path(path)), cls, str(path))
 
 
 def config_from_values(values: Mapping[object, object], cls: type[ConfigType], source: str) -> ConfigType:
@@ -201,11 +201,16 @@ def _convert_fields(values: Mapping[object, object], cls: type[TrainConfig], sou
     return converted
 
 
-def _read_mapping(path: Path) -> Mapping[object, object]:
+def read_mapping(path: Path, what: str = "configuration file") -> dict[Any, Any]:
+    """The top-level mapping of a YAML file of the user's; empty for an empty file.
+
+    Raises:
+        UserError: missing, not YAML, with aliases or repeated keys, or no mapping.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
+        raise UserError(f"{path}: no such {what}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ def process_group(device_name: str = "auto") -> Iterator[torch.device]:
     A rank that fails leaves at once with its own error: it waits for nobody, and its closed connections end the others.
 
     Args:
-        device_name: `auto` (CUDA if there is one, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`.
+        device_name: `auto` (CUDA if there is one, else CPU), `cpu`, `cuda`, `cuda:1`.
 
     Raises:
         UserError: for a device that does not exist here.
@@ -33,6 +32,7 @@ def process_group(device_name: str = "auto") -> Iterator[torch.device]:
     device = pick_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means float32: TF32 keeps 10 bits of a product
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         yield device
         return
@@ -67,10 +67,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device("cuda", local_rank) if device.index is None else device
         if device.index >= torch.cuda.device_count():
             raise UserError(f"device {device} does not exist: {torch.cuda.device_count()} GPUs here; try --device cpu")
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device mps does not exist here; try --device cpu")
-    elif device.type not in ("cpu", "mps"):
-        raise UserError(f"device {name!r} is not supported; try auto, cpu, cuda or mps")
+    elif device.type != "cpu":
+        raise UserError(f"device {name!r} is not supported; try auto, cpu or cuda")
     return device
 
 
@@ -110,11 +108,6 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def gather_arrays(array: np.ndarray) -> np.ndarray:
-    """The arrays of all ranks joined along their first axis, in rank order, on every rank."""
-    return np.concatenate(gather_objects(array))
 
 
 def broadcast(value: T) -> T:

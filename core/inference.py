@@ -1,6 +1,7 @@
 """From a model and a split to metrics: what evaluation during training and the `evaluate` command share."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,15 @@ from core.data.loader import eval_batches
 from core.data.sources import DataSource
 from core.data.table import Category, Table
 from core.errors import UserError
-from core.evaluator import DetectionArrays, coco_metrics, concatenate, detection_arrays, ground_truth_from_table
+from core.evaluator import (
+    DetectionArrays,
+    GroundTruth,
+    coco_metrics,
+    concatenate,
+    detection_arrays,
+    ground_truth_from_table,
+    read_ground_truth,
+)
 from core.types import Batch, Detections
 
 # A method's `detect` with its configuration bound: (outputs, sizes, original_sizes=...) to detections.
@@ -51,9 +60,18 @@ def on_validation(
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         found = detect_table(model, detect, table, config, device)
-        return coco_metrics(ground_truth_from_table(table), found) if distributed.is_main() else {}
+        return coco_metrics(ground_truth(table), found) if distributed.is_main() else {}
 
     return evaluate
+
+
+def ground_truth(table: Table) -> GroundTruth:
+    """What a split's detections are compared with: every box of its annotation file.
+
+    Reading drops a few boxes that cannot be targets (`core.data.parse`). Where that happened the file is read again:
+    official numbers count them.
+    """
+    return read_ground_truth(Path(table.source)) if table.notes else ground_truth_from_table(table)
 
 
 @torch.no_grad()

@@ -74,7 +74,8 @@ def fit(
 
     Args:
         model: called as model(images, sizes); anything that lies in its forward runs under autocast.
-        criterion: (outputs, targets, step, steps) to loss terms; their sum is minimised. `step` counts from 1.
+        criterion: (outputs, targets, step, steps) to named scalars; the sum of those whose name begins with loss is
+            minimised, the others are only logged. `step` counts from 1.
         batches: from a start step, the batches of the steps start + 1 ... steps of this rank.
         evaluate: the model in evaluation mode to metrics, `AP` among them; called on every rank, the main rank's count.
         metadata: plain values that travel in every checkpoint: method, categories, geometry, profile, fingerprint ...
@@ -143,7 +144,7 @@ def learn(
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         outputs = network(batch.images, batch.sizes)
     losses = criterion(outputs, batch.targets, state.step, steps)  # casts to float32 itself
-    loss = torch.stack(list(losses.values())).sum()
+    loss = torch.stack([term for name, term in losses.items() if name.startswith("loss")]).sum()
     loss.backward()
     norm = clip_gradients(state.model, config.clip_grad_norm)
     mask_nonfinite_step(state.optimizer, loss, norm, state.step, guard)
@@ -386,6 +387,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(1)  # sums on a CPU depend on how many threads share them
 
 
 @contextmanager

@@ -14,6 +14,7 @@ class Config(TrainConfig):
     bias_lr_factor: float = 2.0  # the authors' recipe
     bias_weight_decay: float = 0.0  # the authors' recipe
     prematch_iou: float = 0.1  # an anchor with a lower IoU to every object is no candidate
+    anchor_scale: float = 8.0  # side of the square anchors in strides, Table 4
     topk: int = 9  # K, candidates an object keeps on each level, those with the lowest anchor score
     scheme: Literal["a", "b", "c", "d"] = "c"  # how the mixture separates positives from negatives, Fig. 3
     box_weight: float = 1.3  # lambda_1, weight of the box loss, Eq. 8
@@ -27,13 +28,14 @@ class Config(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.topk < 1:
-            raise ValueError(f"topk must be at least 1, got {self.topk}")
+        self._check_least(1, "topk", "pre_nms_top", "max_detections")
+        self._check_least(0, "box_weight", "iou_weight")
+        for name in ("anchor_scale", "voting_sigma"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("prematch_iou", "score_threshold", "nms_iou"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.voting_sigma <= 0:
-            raise ValueError(f"voting_sigma must be above 0, got {self.voting_sigma}")
 
 
 SMALL = Config(

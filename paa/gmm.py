@@ -85,7 +85,7 @@ def split_candidates(
         first_component_only: see `separate`.
         all_without_first: see `separate`.
     """
-    values, order = losses.to(_precision(losses)).masked_fill(~valid, torch.inf).sort(dim=1, stable=True)
+    values, order = losses.double().masked_fill(~valid, torch.inf).sort(dim=1, stable=True)
     mask = valid.gather(1, order)
     values = values.masked_fill(~mask, 0)
     mixture = fit_sorted(values, mask)
@@ -113,7 +113,7 @@ def fit_sorted(values: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"]) -> Mixtu
             finite gives no sensible mixture, but leaves the other rows alone.
         mask: True on a row's first entries. Rows with fewer than two values are not fitted.
     """
-    parameters, steps = _fit_operator(values.to(_precision(values)), mask)
+    parameters, steps = _fit_operator(values.double(), mask)
     weights, means, variances = parameters.permute(2, 1, 0)
     return Mixture(weights, means, variances, steps)
 
@@ -133,11 +133,6 @@ def _fit_operator(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 @_fit_operator.register_fake
 def _(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return values.new_empty(2, len(values), 3), values.new_empty(len(values), dtype=torch.int64)
-
-
-def _precision(values: Tensor) -> torch.dtype:
-    """float64, because EM's stop rule is sharp; Apple's GPUs have none."""
-    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 def _rows(values: Float[Tensor, "N K"], mask: Bool[Tensor, "N K"]) -> _Rows:

@@ -28,6 +28,7 @@ class PAA(nn.Module):
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__()
         self.geometry = config.box_geometry
+        self.anchor_scale = config.anchor_scale
         self.caffe2_pixels = config.switches.caffe2_backbone
         self.backbone = build_backbone(config)
         self.fpn = FPN(self.backbone.out_channels, config.channels, relu_before_p7=config.switches.relu_before_p7)
@@ -39,5 +40,5 @@ class PAA(nn.Module):
         """Predictions for a batch of RGB bytes; `sizes` holds each image's height and width inside the canvas."""
         pixels = normalize_pixels(images, sizes, self.caffe2_pixels)
         head = self.head(self.fpn(self.backbone(pixels)))
-        grid = anchor_grid(head.shapes, self.geometry, device=images.device)
+        grid = anchor_grid(head.shapes, self.geometry, scale=self.anchor_scale, device=images.device)
         return Outputs(head.logits, head.deltas, head.quality, grid)

@@ -9,13 +9,27 @@ from typing import Any
 
 import torch
 
+from core.runlog import MACHINE_FIELDS
+
 ROOT = Path(__file__).parents[1]
 METHODS = sorted({path.parent.name for path in ROOT.glob("*/config.py")} - {"core"})
 TINY = (  # a network and images that take milliseconds a step
-    *("--preset", "small", "--backbone-weights", "none", "--channels", "64", "--short-side", "64", "--long-side", "96"),
+    *(
+        "--preset",
+        "small",
+        "--backbone-weights",
+        "none",
+        "--frozen-stages",
+        "0",
+        "--channels",
+        "64",
+        "--short-side",
+        "64",
+        "--long-side",
+        "96",
+    ),
     *("--log-every", "1", "--device", "cpu"),
 )
-TIMES = ("images_per_second", "eta_seconds", "seconds")  # log fields that measure the machine
 
 
 def command(module: str, *arguments: str, ranks: int = 1) -> list[str]:
@@ -49,7 +63,7 @@ def run(module: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedPro
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's log without the fields that measure the machine."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [{key: value for key, value in row.items() if key not in MACHINE_FIELDS} for row in rows]
 
 
 def read_checkpoint(folder: Path, name: str = "last.pt") -> dict[str, Any]:

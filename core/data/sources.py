@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from core.configfile import read_mapping
 from core.data.images import ImageFolder
 from core.data.parse import open_annotations
 from core.data.table import Category, Table, warn
@@ -136,12 +135,7 @@ def coco_files(folder: Path) -> dict[str, tuple[Path, Path]]:
 
 def yaml_files(path: Path) -> dict[str, tuple[Path, Path]]:
     """Image folder and annotation file of every split that a dataset YAML names, relative to the YAML."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a dataset YAML") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    content = read_mapping(path, "dataset YAML")
     _check_keys(path, "dataset", content, SPLITS, required=())
     if not content:
         raise UserError(f"{path}: names no split; expected train, val and perhaps test")
@@ -158,7 +152,7 @@ def _check_keys(path: Path, where: str, entry: Any, known: tuple[str, ...], requ
     for key, value in entry.items():
         if key not in known:
             raise UserError(f"{path}: {where} has an unknown key {key!r}{nearest(str(key), known)}")
-        if required and not isinstance(value, str):
+        if required and (not isinstance(value, str) or "\0" in value):
             raise UserError(f"{path}: {where}.{key} must be a path, got {value!r}")
     for key in required:
         if key not in entry:
