@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +12,16 @@ from torch import Tensor
 
 from core.anchors import anchor_grid, level_shapes
 from core.boxes import box_iou
-from core.geometry import GEOMETRIES
+from core.geometry import GEOMETRIES, LEGACY
 from core.heads import ParallelHead
 from core.losses import giou_loss
 from core.types import BACKGROUND, IGNORED, Assignment, Targets
 from paa.config import Config
-from paa.losses import assigned_losses, compute_losses, normalisers
+from paa.losses import assign, assigned_losses, compute_losses, normalisers
 from paa.model import Outputs
+from paa.profiles import PAA_PROFILES
 from tests.conftest import golden_arrays
+from tests.core.operators import Recorder
 from tests.core.renaming import from_mmdet, from_official_head
 
 Arrays = dict[str, np.ndarray]
@@ -292,3 +295,38 @@ def test_assignment_and_losses_compile(backend: str) -> None:
     compiled = torch.compile(criterion, fullgraph=True, dynamic=False, backend=backend)(outputs, targets, 1, 10)
     for name, value in expected.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_assignment_follows_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    outputs, targets, assignment = tiny(Config(), [0])
+
+    def record(*args: Any, **options: Any) -> Assignment:
+        seen.update(options)
+        return assignment
+
+    monkeypatch.setattr("paa.losses.assign_paa", record)
+    assign(outputs, targets, Config(topk=3, prematch_iou=0.3, scheme="b", geometry="legacy", profile="official"))
+    assert (seen["topk"], seen["threshold"], seen["scheme"]) == (3, 0.3, "b")
+    assert (seen["geometry"], seen["profile"]) == (LEGACY, PAA_PROFILES["official"])
+    assert (seen["clamp_both_sides"], seen["anchor_valid"]) == (False, None)
+    assign(outputs, targets, Config())
+    assert (seen["clamp_both_sides"], seen["anchor_valid"].shape) == (True, (1, 23))
+
+
+@pytest.mark.parametrize("name", ["box_weight", "iou_weight"])
+def test_weights_scale_their_terms(name: str) -> None:
+    term = {"box_weight": "loss_box", "iou_weight": "loss_iou"}[name]
+    case = tiny(Config(), [0])
+    once = assigned_losses(*case, replace(Config(), **{name: 1.0}))  # type: ignore[arg-type]
+    twice = assigned_losses(*case, replace(Config(), **{name: 2.0}))  # type: ignore[arg-type]
+    assert {key: float(twice[key] / once[key]) for key in once} == {key: 1 + (key == term) for key in once}
+
+
+def test_training_step_never_waits_for_the_device() -> None:
+    outputs, targets, _ = tiny(Config(), [])
+    outputs = outputs._replace(logits=torch.randn_like(outputs.logits).requires_grad_())
+    with Recorder() as recorder:
+        losses = compute_losses(outputs, targets, 1, 1, config=Config())
+        torch.stack(list(losses.values())).sum().backward()
+    assert recorder.waiting == []
