@@ -36,7 +36,18 @@ def test_two_processes_equal_one(method: str, tmp_path: Path) -> None:
     results = {}
     for ranks in (1, 2):
         out = tmp_path / f"ranks-{ranks}"
-        schedule = ("--steps", str(STEPS), "--batch-size", "2", "--empty-images", "keep", "--workers", "0")
+        schedule = (
+            "--steps",
+            str(STEPS),
+            "--batch-size",
+            "2",
+            "--empty-images",
+            "keep",
+            "--workers",
+            "0",
+            "--lr",
+            "0.001",
+        )
         run(f"{method}.train", "--data", str(data), *TINY, *schedule, "--out", str(out), ranks=ranks)
         results[ranks] = read_log(out), read_checkpoint(out)
     # Gradients are summed in another order: float32 rounding, grown over four steps.
