@@ -139,7 +139,7 @@ def _stride_in_1x1(backbone: ResNetBackbone) -> None:
 def _deform(stage: nn.Sequential, offset_groups: int) -> None:
     """Make the 3x3 of every block deformable; of a basic block's two the second."""
     for block in _blocks(stage):
-        if offset_groups < 1 or block.conv2.in_channels % offset_groups:
+        if block.conv2.in_channels % offset_groups:
             raise UserError(
                 f"dcn_groups {offset_groups} does not divide the {block.conv2.in_channels} channels of a stage"
             )

@@ -202,9 +202,8 @@ def test_deformable_groups() -> None:
     module = backbone.get_submodule("layer4.0.conv2")
     assert isinstance(module, DeformConv)
     assert len(module.offset.weight) == 108
-    for groups in (3, 0):
-        with pytest.raises(UserError, match=f"dcn_groups {groups} does not divide the 512 channels"):
-            meta_backbone(dcn_stages=(5,), dcn_groups=groups)
+    with pytest.raises(UserError, match="dcn_groups 3 does not divide the 512 channels"):
+        meta_backbone(dcn_stages=(5,), dcn_groups=3)
 
 
 def test_deformable_stages_run_in_both_profiles() -> None:

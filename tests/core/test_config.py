@@ -114,7 +114,7 @@ def test_fields_have_sections_and_meanings() -> None:
         ({"dcn_stages": (1,)}, "dcn_stages must be among 2, 3, 4, 5"),
         ({"milestones": (0.9, 0.5)}, "milestones must be rising fractions"),
         ({"milestones": (60000.0,)}, "milestones must be rising fractions"),
-        ({"workers": -1}, "must not be negative"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"ema": 1.0}, "ema must be in"),
     ],
 )

@@ -70,12 +70,17 @@ ENTRY = {"images": "coco/val2017", "annotations": "coco/annotations/instances_va
         (json.dumps({"train": "a"}), "train must be a mapping"),
         (json.dumps({"train": ENTRY | {"images": "nowhere"}}), "nowhere, which is no folder"),
         (json.dumps({"train": ENTRY | {"annotations": "nowhere.json"}}), "nowhere.json: No such file"),
-        ("[]", "must be a mapping"),
-        ("", "must be a mapping"),
+        ("[]", "must hold lines"),
+        ("", "names no split"),
         ("{}", "names no split"),
-        ("a: [", "not valid YAML"),
-        ("!!python/object/apply:os.system [echo]", "not valid YAML"),
+        ("a: [", "line 1: not a YAML file"),
+        ("!!python/object/apply:os.system [echo]", "not a YAML file"),
         ("1: 2", "unknown key 1"),
+        ("a: " + "[" * 5000, "not a YAML file"),
+        ("train: {images: 2026-99-99, annotations: b}", "not a YAML file"),
+        ("train: &a {images: b, annotations: c}\nval: *a", "aliases are not allowed"),
+        ("train: {images: a, annotations: b}\ntrain: {images: a, annotations: c}", "'train' is set twice"),
+        ('train: {images: "a\\0b", annotations: c}', "must be a path"),
     ],
 )
 def test_wrong_yaml(tmp_path: Path, folder: Path, text: str, line: str) -> None:
@@ -99,7 +104,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="no YAML"):
         open_data(str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"nowhere.yaml: No such file"):
+    with pytest.raises(UserError, match=r"nowhere.yaml: no such dataset YAML"):
         open_data(str(tmp_path / "nowhere.yaml"))
 
 
