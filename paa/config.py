@@ -48,8 +48,26 @@ SMALL = Config(
     empty_images="keep",
 )
 
-# Drawn images from nothing: no weights are downloaded, so the backbone learns with ordinary batch norm.
-QUICK = replace(SMALL, data="shapes", backbone_weights="none", frozen_stages=0, norm="batch", steps=300, lr=0.01)
+# Drawn images from random weights: the backbone learns with ordinary batch norm, anchors fit the small images, and many
+# small steps at a high rate with bounded gradients learn more in the same time than the paper's few large ones.
+QUICK = replace(
+    SMALL,
+    data="shapes",
+    backbone_weights="none",
+    frozen_stages=0,
+    norm="batch",
+    short_side=128,
+    long_side=256,
+    anchor_scale=4.0,
+    steps=1500,
+    batch_size=4,
+    lr=0.02,
+    warmup="linear",
+    warmup_factor=0.1,
+    clip_grad_norm=5.0,
+    milestones=(0.8, 0.95),
+    log_every=50,
+)
 
 PRESETS = {
     "r50_1p5x": Config(),  # 41.1 AP on COCO val2017 without scale jitter (authors' README)

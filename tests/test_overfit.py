@@ -12,8 +12,8 @@ from tests.runs import METHODS, read_log, run
 def test_memorises_four_images(method: str, tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
     run("core.data", "shapes", str(data), "--train", "4", "--val", "1", "--test", "1", "--seed", "3")
-    network = ("--preset", "quick", "--channels", "64", "--short-side", "128", "--long-side", "192")
-    schedule = ("--steps", "100", "--batch-size", "4", "--lr", "0.01", "--log-every", "10", "--workers", "0")
+    network = ("--preset", "quick", "--channels", "64", "--short-side", "96", "--long-side", "192")
+    schedule = ("--steps", "160", "--batch-size", "4", "--log-every", "10", "--workers", "0")
     run(f"{method}.train", "--data", str(data), *network, *schedule, "--device", "cpu", "--out", str(out))
     losses = [row["loss"] for row in read_log(out) if row["split"] == "train"]
     assert losses[-1] < losses[0] / 2
