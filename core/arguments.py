@@ -16,6 +16,8 @@ def evaluate_parser(method: str) -> OneLineParser:
     parser.add_argument("--split", choices=("train", "val", "test"), default="val", help="default: val")
     parser.add_argument("--out", type=Path, help="folder of the results; default: WEIGHTS' folder + /evaluate-<split>")
     parser.add_argument("--backend", choices=("faster", "pycocotools"), default="faster", help="who computes AP")
+    parser.add_argument("--workers", type=int, help="loader processes")
+    parser.add_argument("--batch-size", type=int, help="images of a forward over all processes")
     _add_hardware(parser)
     return parser
 
@@ -36,7 +38,5 @@ def predict_parser(method: str) -> OneLineParser:
 
 def _add_hardware(parser: OneLineParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--workers", type=int, help="loader processes")
-    parser.add_argument("--batch-size", type=int, help="images of a forward over all processes")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the network")
     parser.add_argument("--deterministic", action="store_true", help="one image per forward, deterministic kernels")

@@ -212,7 +212,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise eight kinds of errors inside torch's reader
-        raise UserError(f"backbone_weights {path}: cannot be read as tensors ({_one_line(error)})") from error
+        raise UserError(
+            f"backbone_weights {path}: cannot be read as tensors; it is damaged or holds other things (no code was run)"
+        ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

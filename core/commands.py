@@ -68,12 +68,12 @@ def evaluate(
         table = data.split(arguments.split)
         check_categories(table, trained.categories, str(arguments.weights))
         detect = partial(detect, config=trained.config)
+        out = arguments.out or arguments.weights.parent / f"evaluate-{arguments.split}"
+        out.mkdir(parents=True, exist_ok=True)
         found = detect_table(trained.model, detect, table, trained.config, device)
         if not distributed.is_main():
             return {}
         result = evaluate_boxes(ground_truth(table), found, arguments.backend)
-        out = arguments.out or arguments.weights.parent / f"evaluate-{arguments.split}"
-        out.mkdir(parents=True, exist_ok=True)
         write_detections(out / "detections.json", found)
         per_class = [
             {"id": category.id, "name": category.name, "AP": result.category_ap[category.id]}
@@ -100,6 +100,7 @@ def predict(
     names = [category.name for category in trained.categories]
     out = arguments.out or arguments.weights.parent / "predictions"
     sources = list(find_images(arguments.images, trained.config))
+    refuse_overwriting(sources, out)
     out.mkdir(parents=True, exist_ok=True)
     records = []
     with tempfile.TemporaryDirectory(dir=out) as unfinished:  # nothing is left behind when an image cannot be read
@@ -122,8 +123,12 @@ def load_trained(
 ) -> Trained:
     """The model of a checkpoint on the device, configured as it was trained except for the hardware options."""
     content = checkpoint.load(arguments.weights, method=method)
-    config = config_from_values(content["config"], config_type, str(arguments.weights))
-    changes = {name: getattr(arguments, name) for name in ("workers", "batch_size", "precision")}
+    try:
+        config = config_from_values(content["config"], config_type, str(arguments.weights))
+        categories = tuple(Category(int(number), str(name)) for number, name in content["categories"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{arguments.weights}: its configuration or classes are missing or damaged ({error})") from None
+    changes = {name: getattr(arguments, name, None) for name in ("workers", "batch_size", "precision")}
     changes = {name: value for name, value in changes.items() if value is not None} | {"device": arguments.device}
     changes |= {"deterministic": True} if arguments.deterministic else {}
     try:
@@ -131,7 +136,6 @@ def load_trained(
     except ValueError as error:
         raise UserError(str(error)) from None
     seed_everything(config.seed, deterministic=config.deterministic)
-    categories = tuple(Category(int(number), str(name)) for number, name in content["categories"])
     model = build(config, len(categories))
     if "average" in content and content["average"] is not None:
         content = {**content, "model": content["average"]}  # what training evaluated
@@ -175,13 +179,23 @@ def _drawn(table: Table, index: int) -> ImageSource:
 
 def output_names(sources: Sequence[ImageSource]) -> list[str]:
     """A file name for each picture: the image's own, with a number where two would be the same."""
-    taken: dict[str, int] = {}
-    names = []
+    names: dict[str, None] = {}
     for source in sources:
-        stem = Path(source.name).stem
-        taken[stem] = taken.get(stem, 0) + 1
-        names.append(f"{stem}.png" if taken[stem] == 1 else f"{stem}-{taken[stem]}.png")
-    return names
+        stem, number = Path(source.name).stem, 1
+        name = f"{stem}.png"
+        while name in names:
+            number += 1
+            name = f"{stem}-{number}.png"
+        names[name] = None
+    return list(names)
+
+
+def refuse_overwriting(sources: Sequence[ImageSource], out: Path) -> None:
+    """UserError if a picture would take the place of one of the images that are read."""
+    read = {Path(source.name).resolve() for source in sources}
+    for name in output_names(sources):
+        if (out / name).resolve() in read:
+            raise UserError(f"{out / name}: is one of the images to read; choose another --out")
 
 
 @torch.no_grad()

@@ -113,7 +113,13 @@ class TrainConfig:
             raise ValueError(f"milestones must be rising fractions of the run in (0, 1], got {self.milestones}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        if self.backbone_weights == "none" and self.frozen_stages:
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number of 64 bits, got {self.seed}")
+        if self.steps is not None and self.steps > 10**9:
+            raise ValueError(f"steps must be at most 10**9, got {self.steps}")
+        if self.norm == "batch" and self.short_side < 64:
+            raise ValueError(f"norm batch needs a short_side of 64 or more, got {self.short_side}")
+        if self.backbone_weights == "none" and self.frozen_stages and not self.weights:
             raise ValueError(
                 f"backbone_weights none means random stages, which must learn: set frozen_stages 0 (and norm batch), "
                 f"got {self.frozen_stages}"

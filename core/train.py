@@ -35,7 +35,16 @@ Batches = Callable[[int], Iterator[Batch]]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 NEVER = torch.iinfo(torch.int64).max  # the first non-finite step of a run that has none
-FREE_FIELDS = ("out", "workers", "device", "log_every", "save_every", "tensorboard", "preset")  # may differ on resuming
+FREE_FIELDS = (
+    "out",
+    "data",
+    "workers",
+    "device",
+    "log_every",
+    "save_every",
+    "tensorboard",
+    "preset",
+)  # may differ on resuming
 
 
 @dataclass
@@ -95,7 +104,8 @@ def fit(
         _say(f"{folder} is a finished run: {_describe_best(state)}")
         return state.best
     _open_folder(folder, config, facts, device)
-    _say(f"{folder}: steps {state.step + 1} to {steps} on {device}, commit {facts['commit'][:10]}")
+    rate = f"learning rate {config.learning_rate:g}"
+    _say(f"{folder}: steps {state.step + 1} to {steps} on {device}, {rate}, commit {facts['commit'][:10]}")
     network = wrap(state.model, config, device)
     guard = Guard(torch.full((), NEVER, device=device), {})
     with _open_log(folder, state, steps, config) as log, stop_requests() as stop_asked:
@@ -330,6 +340,8 @@ def resume(state: State, folder: Path, facts: Mapping[str, Any]) -> None:
     content = distributed.broadcast(content)
     if content is None:
         return
+    if "optimizer" not in content:
+        raise UserError(f"{folder}: its checkpoint holds a model but no training state; start from it with --weights")
     checkpoint.load_weights(state.model, content, folder)
     state.optimizer.load_state_dict(content["optimizer"])
     if state.average is not None:
@@ -446,10 +458,15 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 
 def _open_folder(folder: Path, config: TrainConfig, facts: Mapping[str, Any], device: torch.device) -> None:
+    if config.batch_size % distributed.world_size():
+        raise UserError(f"batch_size {config.batch_size} does not divide among {distributed.world_size()} processes")
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", to_yaml(config))
+        for name in ("config.yaml", LOG):
+            if (folder / name).exists() and not (folder / "environment.json").exists():
+                raise UserError(f"{folder / name}: not of a run of this project; choose another --out")
         write_json(folder / "environment.json", environment(device, distributed.world_size(), facts))
+        write_text(folder / "config.yaml", to_yaml(config))
 
 
 def _open_log(folder: Path, state: State, steps: int, config: TrainConfig) -> Any:

@@ -38,8 +38,9 @@ def train(config: Config) -> dict[str, float]:
         steps = total_steps(config, len(training_images(data.train, config.empty_images)))
         seed_everything(config.seed, deterministic=config.deterministic)
         model = PAA(config, len(data.categories))
-        with distributed.main_first():
-            load_backbone_weights(model.backbone, config.backbone_weights, config)
+        if not config.weights:
+            with distributed.main_first():
+                load_backbone_weights(model.backbone, config.backbone_weights, config)
         load_start_weights(model, config, "paa")
         best = fit(
             model,

@@ -45,8 +45,9 @@ def write_drawn(arguments: argparse.Namespace) -> None:
     if not any(counts.values()):
         raise UserError("--train, --val and --test are all 0: nothing to draw")
     write_shapes(arguments.out, counts, arguments.seed)
+    place = "./shapes" if str(arguments.out) == "shapes" else arguments.out  # the bare word draws them on the fly
     drawn = ", ".join(f"{count} {split}" for split, count in counts.items() if count)
-    print(f"{drawn} images in {arguments.out}; train on them with --data {arguments.out}")
+    print(f"{drawn} images in {arguments.out}; train on them with --data {place}")
 
 
 def check_data(spec: str) -> None:
