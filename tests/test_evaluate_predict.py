@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from core.commands import ImageSource, output_names
 from core.errors import UserError
 from core.evaluator import METRICS, evaluate_boxes, read_detections, read_ground_truth
 from tests.runs import METHODS, TINY, run
@@ -98,7 +99,7 @@ def test_predict_draws_every_image_once(
     other = tmp_path / "other"
     first = sorted((data / "val").iterdir())[0]
     shutil.copytree(data / "val", other)
-    flags = ("--score", "0", "--workers", "0", "--out", str(tmp_path / "out"))
+    flags = ("--score", "0", "--out", str(tmp_path / "out"))
     call(f"{method}.predict", monkeypatch, str(weights), str(other), str(first), *flags)
     records = json.loads((tmp_path / "out" / "predictions.json").read_text(encoding="utf-8"))
     assert len(records) == 6
@@ -124,7 +125,7 @@ def test_predict_finds_what_evaluate_finds(
     call(f"{method}.evaluate", monkeypatch, str(weights), "--workers", "0", "--deterministic", "--out", str(tmp_path))
     found = read_detections(tmp_path / "detections.json")
     rows = found.image_id == image["id"]
-    flags = ("--score", "0", "--workers", "0", "--deterministic", "--out", str(tmp_path / "predicted"))
+    flags = ("--score", "0", "--deterministic", "--out", str(tmp_path / "predicted"))
     call(f"{method}.predict", monkeypatch, str(weights), str(data / "val" / image["file_name"]), *flags)
     (record,) = json.loads((tmp_path / "predicted" / "predictions.json").read_text(encoding="utf-8"))
     boxes = np.array([detection["box"] for detection in record["detections"]])
@@ -152,7 +153,6 @@ def test_other_classes_are_refused(
         (("EMPTY",), "no images in this folder"),
         (("TEXT",), "not an image"),
         (("IMAGE", "--score", "2"), r"--score must be in \[0, 1\], got 2.0"),
-        (("IMAGE", "--batch-size", "0"), "batch_size must be at least 1, got 0"),
         (("IMAGE", "--device", "gpu"), "device 'gpu' is not known"),
     ],
 )
@@ -172,3 +172,24 @@ def test_predict_refuses(
     with pytest.raises(UserError, match=message) as error:
         call(f"{method}.predict", monkeypatch, str(weights), *words, "--out", str(tmp_path / "out"))
     assert "\n" not in str(error.value)
+
+
+def test_predict_never_draws_over_what_it_reads(
+    trained: tuple[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, weights = trained
+    own = tmp_path / "own"
+    own.mkdir()
+    first = next((data / "val").iterdir())
+    Image.open(first).save(own / "mine.png")
+    before = (own / "mine.png").read_bytes()
+    with pytest.raises(UserError, match=r"mine.png: is one of the images to read"):
+        call(f"{method}.predict", monkeypatch, str(weights), str(own), "--out", str(own))
+    assert (own / "mine.png").read_bytes() == before
+
+
+def test_names_of_pictures_are_all_different() -> None:
+    names = ["a/a.jpg", "b/a.png", "b/a-2.png", "c/a.jpg", "c/b.jpg"]
+    assert output_names([ImageSource(name, lambda: np.zeros((1, 1, 3), np.uint8)) for name in names]) == [
+        *("a.png", "a-2.png", "a-2-2.png", "a-3.png", "b.png")
+    ]

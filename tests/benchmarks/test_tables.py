@@ -25,7 +25,7 @@ def write_quick(results: Path, *ap: float, std: float | None) -> None:
 def test_table_shows_mean_and_deviation_in_percent(tmp_path: Path) -> None:
     write_quick(tmp_path, 0.40, 0.43, std=0.0212)  # mean 0.415
     row = tables.quick_table(tmp_path).splitlines()[2]
-    assert row == "| PAA, preset `quick` | 300 x 8 images | 41.5 ± 2.1 | 75.0 ± 2.1 | 50.0 ± 2.1 | 2 | 1.5 |"
+    assert row == "| PAA, preset `quick` | 300 x 8 images | 41.5 ± 2.1 | 75.0 ± 2.1 | 50.0 ± 2.1 | 2 |"
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
