@@ -70,7 +70,9 @@ BCCD_NOTE = (
 )
 # A short run: a higher rate than the paper's, bounded gradients, and late drops, as the peer has them.
 SHORT_RUN = "--lr 0.01 --clip-grad-norm 5 --warmup linear --warmup-factor 0.1 --milestones 0.75 0.9 --precision bf16"
-BCCD_PAA = f"--preset small --backbone-weights {RESNET18} --short-side 256 --long-side 342 --channels 256 {SHORT_RUN}"
+BCCD_START = f"--preset small --backbone-weights {RESNET18}"
+BCCD_SMALL = f"{BCCD_START} --short-side 256 --long-side 342 --channels 256 {SHORT_RUN} --steps 240 --batch-size 8"
+BCCD_LARGE = f"{BCCD_START} --short-side 384 --long-side 512 --channels 256 {SHORT_RUN} --steps 280 --batch-size 8"
 
 COCO_NOTE = (
     "Data: COCO 2017, labels CC BY 4.0, images each under its own Flickr licence, many non-commercial. Weights of "
@@ -103,7 +105,7 @@ COMPARISONS = {
                 ),
                 "{out}/metrics.json",
             ),
-            "paa": paa("240 x 8 images, bf16", BCCD, f"{BCCD_PAA} --steps 240 --batch-size 8", "test"),
+            "paa": paa("240 x 8 images, bf16", BCCD, BCCD_SMALL, "test"),
         },
     ),
     "bccd": Comparison(
@@ -111,7 +113,7 @@ COMPARISONS = {
         seeds=1,
         data=BCCD_DATA,
         licence_note=BCCD_NOTE,
-        detectors={"paa": paa("600 x 8 images, bf16", BCCD, f"{BCCD_PAA} --steps 600 --batch-size 8", "test")},
+        detectors={"paa": paa("280 x 8 images of 384 px, bf16", BCCD, BCCD_LARGE, "test")},
     ),
     "coco-memorise": Comparison(
         file="coco_memorise.json",

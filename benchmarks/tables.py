@@ -66,7 +66,7 @@ def bccd_table(results: Path) -> str:
     rows = [
         ("bccd_peer.json", "fcos", "FCOS, torchvision, ResNet-18"),
         ("bccd_peer.json", "paa", "PAA, ResNet-18, equal budget"),
-        ("bccd_paa.json", "paa", "PAA, ResNet-18, longer"),
+        ("bccd_paa.json", "paa", "PAA, ResNet-18, larger images"),
     ]
     notes = {result["licence_note"]: None for file, *_ in rows if (result := read_result(results / file))}
     return "\n".join([detector_table(results, rows), *(f"{note}\n" for note in notes)])
