@@ -60,7 +60,7 @@ def train(config: Config) -> dict[str, float]:
             metadata=describe_run("paa", data, config),
         )
         if distributed.is_main():
-            print(f"draw its detections: python -m paa.predict {config.out}/best.pt {example_images(data)}")
+            print(f"draw its detections: python -m paa.predict {config.out}/best.pt {example_images(data)} --score 0.5")
     return best
 
 
