@@ -1,7 +1,6 @@
 """Layers that backbones and heads share: frozen batch norm, per-level scale, deformable convolution, towers."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -38,8 +37,13 @@ class FrozenBatchNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Normalised maps in the type of `x`, also under autocast."""
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        # Not F.batch_norm: some releases of torch refuse eps 0 there, which the kernel below it computes.
+        return torch.batch_norm(
+            *(x, self.weight, self.bias, self.running_mean, self.running_var),
+            training=False,
+            momentum=0.0,
+            eps=self.eps,
+            cudnn_enabled=torch.backends.cudnn.enabled,
         )
 
     def extra_repr(self) -> str:
