@@ -80,11 +80,11 @@ COCO_NOTE = (
     "Permute, Quantize, and Fine-tune (Uber Non-Commercial License): results for non-commercial use only."
 )
 MEMORISE = Detector(
-    "500 x 4 images, bf16",
+    "900 x 4 images of 480 px, bf16",
     (
         f"benchmarks.subset {SHARED}/data/coco_mini.yaml --images 16 --out {{out}}/sixteen.yaml",
         f"paa.train --preset small --data {{out}}/sixteen.yaml --backbone-weights {RESNET18} --channels 128 "
-        f"--short-side 384 --long-side 640 --steps 500 --batch-size 4 {SHORT_RUN} --seed {{seed}} "
+        f"--short-side 480 --long-side 800 --anchor-scale 4 --steps 900 --batch-size 4 {SHORT_RUN} --seed {{seed}} "
         "--out {out}/run",
         "paa.evaluate {out}/run/best.pt --split train --out {out}/train",
     ),
