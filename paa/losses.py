@@ -28,7 +28,7 @@ def compute_losses(outputs: Outputs, targets: Targets, step: int, steps: int, *,
 def float32_outputs(outputs: Outputs) -> Outputs:
     """The outputs in float32: half precision would move assignments and lose small losses."""
     return outputs._replace(
-        logits=outputs.logits.float(), deltas=outputs.deltas.float(), iou_logits=outputs.iou_logits.float()
+        logits=outputs.logits.float(), deltas=outputs.deltas.float(), quality_logits=outputs.quality_logits.float()
     )
 
 
@@ -67,11 +67,11 @@ def assigned_losses(outputs: Outputs, targets: Targets, assignment: Assignment, 
     classes = one_hot_labels(assignment.labels, outputs.logits.shape[-1])
     focal = sigmoid_focal_loss(outputs.logits, classes) * (assignment.labels != IGNORED)[..., None]
     giou = giou_loss(boxes, matched, eps=profile.giou_eps, floor=profile.giou_floor)
-    cross_entropy = binary_cross_entropy_with_logits(outputs.iou_logits, ious, reduction="none") * positive
+    cross_entropy = binary_cross_entropy_with_logits(outputs.quality_logits, ious, reduction="none") * positive
     return {
         "loss_cls": focal.sum() / class_count,
         "loss_box": config.box_weight * (giou * ious).sum() / iou_sum,
-        "loss_iou": config.iou_weight * cross_entropy.sum() / count,
+        "loss_iou": config.quality_weight * cross_entropy.sum() / count,
     }
 
 

@@ -18,7 +18,7 @@ class Outputs(NamedTuple):
 
     logits: Float[Tensor, "B A C"]  # class scores before the sigmoid
     deltas: Float[Tensor, "B A 4"]  # box regression relative to the anchor
-    iou_logits: Float[Tensor, "B A"]  # predicted IoU of the regressed box with its object, before the sigmoid
+    quality_logits: Float[Tensor, "B A"]  # predicted IoU of the regressed box with its object, before the sigmoid
     grid: AnchorGrid
 
 

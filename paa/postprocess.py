@@ -64,7 +64,7 @@ def candidate_boxes(outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config)
     """
     switches = PAA_PROFILES[config.profile]
     class_scores = _float(outputs.logits).sigmoid()
-    ious = None if outputs.iou_logits is None else _float(outputs.iou_logits).sigmoid()[..., None]
+    ious = None if outputs.quality_logits is None else _float(outputs.quality_logits).sigmoid()[..., None]
     groups = _level_groups(outputs)
     wanted = (
         class_scores if switches.threshold_on_class else unified_score(class_scores, ious)

@@ -14,7 +14,7 @@ from core.profiles import ProfileName
 
 LowQualityRule = Literal["own", "overwrite"]
 NormaliserRule = Literal["global", "average", "local"]
-Scheme = Literal["a", "b", "c", "d"]
+Scheme = Literal["a", "b", "c", "d", "number", "range"]
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def check_losses(arrays: Arrays, case: str, config: Config, names: dict[str, str
     for tensor, name in (
         (outputs.logits, "cls_score"),
         (outputs.deltas, "bbox_pred"),
-        (outputs.iou_logits, "iou_pred"),
+        (outputs.quality_logits, "iou_pred"),
     ):
         assert tensor.grad is not None
         gradient = tensor.grad.reshape(2, sum(LEVELS), -1)
@@ -314,9 +314,9 @@ def test_assignment_follows_the_configuration(monkeypatch: pytest.MonkeyPatch) -
     assert (seen["clamp_both_sides"], seen["anchor_valid"].shape) == (True, (1, 23))
 
 
-@pytest.mark.parametrize("name", ["box_weight", "iou_weight"])
+@pytest.mark.parametrize("name", ["box_weight", "quality_weight"])
 def test_weights_scale_their_terms(name: str) -> None:
-    term = {"box_weight": "loss_box", "iou_weight": "loss_iou"}[name]
+    term = {"box_weight": "loss_box", "quality_weight": "loss_iou"}[name]
     case = tiny(Config(), [0])
     once = assigned_losses(*case, replace(Config(), **{name: 1.0}))  # type: ignore[arg-type]
     twice = assigned_losses(*case, replace(Config(), **{name: 2.0}))  # type: ignore[arg-type]

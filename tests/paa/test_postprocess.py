@@ -188,7 +188,7 @@ def test_score_threshold_by_hand(p: float, iou: float, official: float | None, m
 
 @pytest.mark.parametrize("config", [Config(), MMDET])
 def test_score_without_iou_branch(config: Config) -> None:
-    outputs = one_anchor(0.36, 0.64)._replace(iou_logits=None)  # type: ignore[arg-type]
+    outputs = one_anchor(0.36, 0.64)._replace(quality_logits=None)  # type: ignore[arg-type]
     assert detect(outputs, torch.tensor([[64, 64]]), config).scores.tolist() == [[pytest.approx(0.36)]]
     scores = torch.rand(1, 2, 3)
     assert unified_score(scores, None) is scores
@@ -282,7 +282,7 @@ def slow_detect(outputs: Outputs, sizes: Tensor, config: Config) -> list[list[tu
     """The steps of spec section 6 in loops over images, levels, anchors, classes and boxes."""
     switches, geometry, results = PAA_PROFILES[config.profile], GEOMETRIES[config.geometry], []
     for image, size in enumerate(sizes):
-        class_scores, ious = outputs.logits[image].sigmoid(), outputs.iou_logits[image].sigmoid()
+        class_scores, ious = outputs.logits[image].sigmoid(), outputs.quality_logits[image].sigmoid()
         rows: list[tuple[float, int, Tensor]] = []
         start = 0
         for count in outputs.grid.level_sizes:
