@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from core.data.transforms import (
 from core.errors import UserError
 from core.geometry import Geometry
 from core.types import Batch
+
+Item = TypeVar("Item")
+Scale = tuple[int, int]  # short side and the limit of the long side, pixels
 
 
 class Sample(NamedTuple):
@@ -71,23 +74,58 @@ def eval_batches(
         world_size: number of processes.
         batch_size: images of a batch; default the rank's share of config.batch_size, or 1 with config.deterministic.
     """
-    default = 1 if config.deterministic else max(1, config.batch_size // world_size)
-    plans = eval_plans(table, config, batch_size or default)[rank::world_size]
+    scale = config.short_side, config.long_side
+    rows, count = np.arange(len(table)), batch_size or _eval_batch_size(config, world_size)
+    plans = eval_plans(table, config, rows, scale, count)[rank::world_size]
     return _load(partial(_eval_batch, table, config, plans), range(len(plans)), config)
 
 
-def eval_plans(table: Table, config: TrainConfig, batch_size: int) -> list[BatchPlan]:
-    """All evaluation batches by falling canvas area: the largest comes first, so memory runs out at once or never."""
-    sizes = np.stack([table.heights, table.widths], axis=1)
-    resized = resized_sizes(sizes, config.short_side, config.long_side, config.switches.truncate_resized)
+def scaled_batches(
+    table: Table, config: TrainConfig, scales: Sequence[Scale], *, rank: int = 0, world_size: int = 1
+) -> Iterator[list[Batch]]:
+    """This rank's share of a split at several scales: a list of batches for each scale in turn, again and again.
+
+    The first of each `len(scales)` lists is one batch, as `eval_batches` makes it; the others hold the same images at
+    the other scales, each cut by its own canvases and by the pixels that a batch of the first scale has.
+
+    Args:
+        table: all its images are used.
+        config: batch size, workers, rounding.
+        scales: (short side, limit of the long side); `eval_batches` has the configuration's.
+        rank: this process.
+        world_size: number of processes.
+    """
+    count = _eval_batch_size(config, world_size)
+    plans = eval_plans(table, config, np.arange(len(table)), scales[0], count)[rank::world_size]
+    return _load(partial(_scaled_batches, table, config, plans, scales, count), range(len(plans) * len(scales)), config)
+
+
+def _eval_batch_size(config: TrainConfig, world_size: int) -> int:
+    return 1 if config.deterministic else max(1, config.batch_size // world_size)
+
+
+def eval_plans(
+    table: Table, config: TrainConfig, images: Int64[np.ndarray, " n"], scale: Scale, batch_size: int
+) -> list[BatchPlan]:
+    """Batches of some images by falling canvas area: the largest comes first, so memory runs out at once or never.
+
+    Args:
+        table: whose rows they are.
+        config: rounding of sizes.
+        images: rows of the table.
+        scale: short side and limit of the long side.
+        batch_size: largest number of images of a batch.
+    """
+    sizes = np.stack([table.heights[images], table.widths[images]], axis=1)
+    resized = resized_sizes(sizes, *scale, config.switches.truncate_resized)
     canvases, group = np.unique(round_up_all(resized), axis=0, return_inverse=True)
     plans = []
     for index in np.argsort(-canvases.prod(axis=1), kind="stable"):
-        rows = np.flatnonzero(group.reshape(-1) == index)
+        rows = images[group.reshape(-1) == index]
         canvas = (int(canvases[index, 0]), int(canvases[index, 1]))
         for first in range(0, len(rows), batch_size):
             part = rows[first : first + batch_size]
-            plans.append(BatchPlan(part, np.zeros(len(part), bool), config.short_side, canvas))
+            plans.append(BatchPlan(part, np.zeros(len(part), bool), *scale, canvas))
     return plans
 
 
@@ -108,7 +146,7 @@ def make_batch(table: Table, config: TrainConfig, plan: BatchPlan, part: slice) 
     """Reads, resizes, flips and pads the images `part` of a global batch."""
     rows, flips = plan.images[part], plan.flips[part]
     sizes = np.stack([table.heights[rows], table.widths[rows]], axis=1).astype(np.int64)
-    resized = resized_sizes(sizes, plan.short_side, config.long_side, config.switches.truncate_resized)
+    resized = resized_sizes(sizes, plan.short_side, plan.long_side, config.switches.truncate_resized)
     samples = [
         load_sample(table, int(row), (int(size[0]), int(size[1])), bool(flip), config.box_geometry)
         for row, size, flip in zip(rows, resized, flips, strict=True)
@@ -151,20 +189,28 @@ def _eval_batch(table: Table, config: TrainConfig, plans: list[BatchPlan], index
     return make_batch(table, config, plans[index], slice(None))
 
 
-class _Batches(Dataset[Batch | UserError]):
-    """Batch number to batch. A user's mistake is returned, since a raised one would come back wrapped in a trace."""
+def _scaled_batches(
+    table: Table, config: TrainConfig, plans: list[BatchPlan], scales: Sequence[Scale], batch_size: int, index: int
+) -> list[Batch]:
+    images, scale = plans[index // len(scales)].images, scales[index % len(scales)]
+    count = max(1, int(batch_size * (scales[0][0] / scale[0]) ** 2))
+    return [make_batch(table, config, plan, slice(None)) for plan in eval_plans(table, config, images, scale, count)]
 
-    def __init__(self, make: Callable[[int], Batch]) -> None:
+
+class _Batches(Dataset[Any]):
+    """Number to batch. A user's mistake is returned, since a raised one would come back wrapped in a trace."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
         self.make = make
 
-    def __getitem__(self, index: int) -> Batch | UserError:
+    def __getitem__(self, index: int) -> Any:
         try:
             return self.make(index)
         except UserError as error:
             return error
 
 
-def _load(make: Callable[[int], Batch], indices: Sequence[int], config: TrainConfig) -> Iterator[Batch]:
+def _load(make: Callable[[int], Item], indices: Sequence[int], config: TrainConfig) -> Iterator[Item]:
     pin = torch.cuda.is_available() and config.device != "cpu"
     loader = DataLoader(
         _Batches(make),

@@ -33,7 +33,8 @@ class BatchPlan(NamedTuple):
 
     images: Int64[np.ndarray, " B"]  # rows of the table
     flips: Bool[np.ndarray, " B"]
-    short_side: int  # pixels, before the long side's limit
+    short_side: int  # pixels, before the limit of ...
+    long_side: int  # ... the other side
     canvas: tuple[int, int]  # height, width: every resized image fits
 
 
@@ -89,7 +90,7 @@ class Sampler:
         images = self._take(group, turn * size, size)
         flips = random_bits(config.seed, FLIPS, index, count=size) >> np.uint64(63) == 1
         short_side = self._short_side(index)
-        return BatchPlan(images, flips, short_side, self.canvas(group, short_side))
+        return BatchPlan(images, flips, short_side, self.config.long_side, self.canvas(group, short_side))
 
     def canvas(self, group: int, short_side: int) -> tuple[int, int]:
         """The canvas of an orientation and a short side: the same for all short sides of one bucket of 32 px."""

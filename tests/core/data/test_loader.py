@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from core.config import TrainConfig
-from core.data.loader import eval_batches, padded_count, train_batches
+from core.data.loader import eval_batches, padded_count, scaled_batches, train_batches
 from core.data.sampler import training_sampler
 from core.data.sources import open_data
 from core.data.table import Table
@@ -151,6 +151,32 @@ def test_evaluation_batches_share_only_their_own_canvas(drawn: Table) -> None:
             assert tuple(-(-side // 32) * 32 for side in size) == canvas
             assert torch.equal(batch.images[row], alone[number].images[0])
     assert max(sizes) == 3
+
+
+@pytest.mark.parametrize(("batch_size", "world_size", "workers"), [(3, 1, 0), (4, 2, 2), (1, 1, 0)])
+def test_scaled_batches_hold_the_same_images_at_every_scale(
+    drawn: Table, batch_size: int, world_size: int, workers: int
+) -> None:
+    config = replace(CONFIG, short_side=60, short_side_min=0, batch_size=batch_size, workers=workers)
+    scales = [(60, 100), (40, 100), (120, 150)]
+    seen = []
+    for rank in range(world_size):
+        found = list(scaled_batches(drawn, config, scales, rank=rank, world_size=world_size))
+        plain = list(eval_batches(drawn, config, rank=rank, world_size=world_size))
+        assert_same([batch for (batch,) in found[::3]], plain)  # the configuration's own scale: one batch each
+        for index, batches_of_scale in enumerate(found):
+            numbers = rows(iter(batches_of_scale))
+            assert sorted(numbers) == sorted(plain[index // 3].image_ids.tolist())
+            scaled = replace(config, short_side=scales[index % 3][0], long_side=scales[index % 3][1])
+            alone = {int(b.image_ids[0]): b for b in eval_batches(drawn, scaled, batch_size=1)}
+            for batch in batches_of_scale:
+                for row, number in enumerate(batch.image_ids.tolist()):
+                    assert torch.equal(batch.images[row], alone[number].images[0])
+                    assert torch.equal(batch.sizes[row], alone[number].sizes[0])
+            if index % 3 == 2:  # four times the pixels: a quarter of the images at a time
+                assert all(len(batch.image_ids) <= max(1, batch_size // world_size // 4) for batch in batches_of_scale)
+        seen += [number for batch in plain for number in batch.image_ids.tolist()]
+    assert sorted(seen) == list(range(1, 11))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
