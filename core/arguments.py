@@ -4,6 +4,8 @@ from pathlib import Path
 
 from core.cli import OneLineParser
 
+SPLIT_HELP = "default: val; test-dev: COCO's test images without annotations, only detections.json is written"
+
 
 def evaluate_parser(method: str) -> OneLineParser:
     """`python -m <method>.evaluate WEIGHTS [--data D] [--split val]`."""
@@ -13,7 +15,7 @@ def evaluate_parser(method: str) -> OneLineParser:
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="checkpoint, such as runs/.../best.pt")
     parser.add_argument("--data", help="COCO folder, dataset YAML or shapes; default: what the model was trained on")
-    parser.add_argument("--split", choices=("train", "val", "test"), default="val", help="default: val")
+    parser.add_argument("--split", choices=("train", "val", "test", "test-dev"), default="val", help=SPLIT_HELP)
     parser.add_argument("--out", type=Path, help="folder of the results; default: WEIGHTS' folder + /evaluate-<split>")
     parser.add_argument("--backend", choices=("faster", "pycocotools"), default="faster", help="who computes AP")
     parser.add_argument("--workers", type=int, help="loader processes")

@@ -21,7 +21,7 @@ from core.anchors import SIZE_DIVISOR
 from core.config import TrainConfig
 from core.configfile import config_from_values
 from core.data.images import read_image
-from core.data.sources import open_data
+from core.data.sources import TEST_DEV, open_data
 from core.data.table import Category, Table
 from core.data.transforms import resize, resized_sizes
 from core.draw import draw_detections
@@ -72,6 +72,11 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
         found = detect_table(trained.model, detect, table, trained.config, device)
         if not distributed.is_main():
+            return {}
+        if arguments.split == TEST_DEV:
+            write_detections(out / "detections.json", found)
+            print(f"{len(found.scores)} detections on {len(table)} images of {data.name} {TEST_DEV}; no AP")
+            print(f"written to {out}; python -m {method}.report --submission makes the zip of a submission")
             return {}
         result = evaluate_boxes(ground_truth(table), found, arguments.backend)
         write_detections(out / "detections.json", found)

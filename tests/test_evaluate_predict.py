@@ -133,6 +133,31 @@ def test_predict_finds_what_evaluate_finds(
     np.testing.assert_allclose(boxes, found.boxes[rows], atol=0.02)
 
 
+def test_test_dev_writes_detections_and_no_numbers(
+    trained: tuple[str, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    method, weights = trained
+    coco, out = tmp_path / "coco", tmp_path / "out"
+    shutil.copytree(data / "test", coco / "test2017")
+    content = json.loads((data / "annotations" / "instances_test.json").read_text(encoding="utf-8"))
+    del content["annotations"]
+    (coco / "annotations").mkdir()
+    (coco / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(content), encoding="utf-8")
+    flags = ("--data", str(coco), "--split", "test-dev", "--workers", "0")
+    call(f"{method}.evaluate", monkeypatch, str(weights), *flags, "--out", str(out))
+    assert [path.name for path in out.iterdir()] == ["detections.json"]
+    found = read_detections(out / "detections.json")
+    assert set(found.image_id) <= {image["id"] for image in content["images"]}
+    assert len(found.scores) > 0
+    said = capsys.readouterr().out
+    assert "2 images of coco test-dev; no AP" in said
+    assert f"python -m {method}.report --submission" in said
+
+
 def test_other_classes_are_refused(
     trained: tuple[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

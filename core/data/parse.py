@@ -38,6 +38,10 @@ class _File(msgspec.Struct):
     licenses: msgspec.Raw = msgspec.Raw(b"[]")
 
 
+class _ImageInfo(_File, kw_only=True):
+    annotations: msgspec.Raw = msgspec.Raw(b"[]")
+
+
 class _Image(msgspec.Struct, gc=False):
     id: int
     file_name: str
@@ -80,8 +84,13 @@ class Boxes(NamedTuple):
     areas: Float64[np.ndarray, " M"]  # NaN where the file has none
 
 
-def open_annotations(path: Path, images: ImageReader) -> Table:
+def open_annotations(path: Path, images: ImageReader, *, annotated: bool = True) -> Table:
     """The table of a COCO annotation file, from the cache if the file has not changed since.
+
+    Args:
+        path: the file.
+        images: reader of the pixels.
+        annotated: the file must have annotations; COCO's image_info files have images and categories only.
 
     Raises:
         UserError: missing, not JSON, or anything in it that cannot be trusted; the line names file, entry and value.
@@ -92,27 +101,28 @@ def open_annotations(path: Path, images: ImageReader) -> Table:
         raise UserError(f"{path}: {error.strerror}; expected a COCO annotation file") from None
     place = str(path.resolve())
     key = {"path": place, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    return cached_table(place, key, lambda: parse_coco(path, images), images)
+    key |= {} if annotated else {"annotated": False}
+    return cached_table(place, key, lambda: parse_coco(path, images, annotated=annotated), images)
 
 
-def parse_coco(path: Path, images: ImageReader) -> Table:
+def parse_coco(path: Path, images: ImageReader, *, annotated: bool = True) -> Table:
     """Parses and validates a COCO annotation file. UserError as in `open_annotations`."""
     try:
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise UserError(f"{path}: cannot be read ({error})") from None
-    parts = _split(path, content)
+    parts = _split(path, content, _File if annotated else _ImageInfo)
     image_entries = _collect_images(path, _entries(path, "image", parts["images"], _Image))
     box_entries = _collect_boxes(path, _entries(path, "annotation", parts["annotations"], _Annotation))
     categories = [entry for some in _entries(path, "category", parts["categories"], _Category) for entry in some]
     return build_table(path, image_entries, box_entries, categories, _licence(parts["licenses"]), images)
 
 
-def _split(path: Path, content: mmap.mmap) -> dict[str, Any]:
+def _split(path: Path, content: mmap.mmap, kind: type[_File]) -> dict[str, Any]:
     """The top-level lists of the file as undecoded JSON; as Python lists if the file has NaN, which is no JSON."""
     try:
-        file = msgspec.json.decode(content, type=_File)
+        file = msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
         raise UserError(f"{path}: no COCO annotation file ({error})") from None
     except NOT_JSON as error:

@@ -15,6 +15,7 @@ from core.shapes import SPLITS as SHAPES_SPLITS
 from core.shapes import shapes_table
 
 SPLITS = ("train", "val", "test")
+TEST_DEV = "test-dev"  # COCO's test images, whose annotations are not public: opened only when asked for alone
 COCO_HINT = (
     "get COCO 2017 from https://cocodataset.org/#download and unpack annotations/, train2017/ and val2017/ there, "
     "or try --data shapes"
@@ -63,11 +64,13 @@ def open_data(spec: str, seed: int = 0, splits: tuple[str, ...] = SPLITS) -> Dat
     Args:
         spec: the word shapes, a dataset YAML, or a COCO folder.
         seed: of the drawn shapes.
-        splits: which splits to open, of those that exist.
+        splits: which splits to open, of those that exist; or test-dev of a COCO folder, whose table has no boxes.
 
     Raises:
         UserError: nothing there, or an annotation file that cannot be trusted.
     """
+    if splits == (TEST_DEV,):
+        return _source(Path(spec).expanduser().resolve().name, {TEST_DEV: open_test_dev(Path(spec).expanduser())})
     if spec == "shapes":
         tables = {name: shapes_table(name, count, seed) for name, count in SHAPES_SPLITS.items() if name in splits}
         return _source("shapes", tables)
@@ -92,6 +95,23 @@ def open_split(images: Path, annotations: Path) -> Table:
     for note in table.notes:
         warn(f"{annotations}: {note}")
     return table
+
+
+def open_test_dev(folder: Path) -> Table:
+    """Images and categories of COCO test-dev: annotations/image_info_test-dev2017.json with test2017/. No boxes.
+
+    Raises:
+        UserError: not a COCO folder, or without these.
+    """
+    annotations = folder / "annotations" / f"image_info_{TEST_DEV}2017.json"
+    if not annotations.is_file():
+        hint = "get image_info_test2017.zip and test2017.zip from https://cocodataset.org/#download"
+        raise UserError(f"data {str(folder)!r}: has no split {TEST_DEV} (looked for {annotations}); {hint}")
+    places = [folder / "test2017", folder / "images" / "test2017"]
+    images = next((place for place in places if place.is_dir()), None)
+    if images is None:
+        raise UserError(f"{annotations}: its images are looked for in {places[0]}, which is no folder")
+    return open_annotations(annotations, ImageFolder(images), annotated=False)
 
 
 def _source(name: str, tables: dict[str, Table]) -> DataSource:

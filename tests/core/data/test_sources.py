@@ -1,13 +1,15 @@
 """What `--data` may name."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from core.data.parse import open_annotations
 from core.data.sources import open_data
-from core.data.table import Category
+from core.data.table import Category, NoImages
 from core.errors import UserError
 from tests.core.data.conftest import write_folder
 
@@ -151,3 +153,34 @@ def test_bccd(shared: Path) -> None:
     assert data.test is not None
     assert [len(table.labels) for table in (data.train, data.val, data.test)] == [2804, 1137, 945]
     assert [category.name for category in data.categories] == ["RBC", "WBC", "Platelets"]
+
+
+def write_image_info(folder: Path, content: dict[str, Any]) -> Path:
+    """COCO's test-dev file, which has no annotations, with the first split's images as test2017/."""
+    path = folder / "annotations" / "image_info_test-dev2017.json"
+    path.write_text(json.dumps({name: part for name, part in content.items() if name != "annotations"}))
+    shutil.copytree(folder / "val2017", folder / "test2017")
+    return path
+
+
+def test_test_dev_has_images_and_no_boxes(folder: Path, content: dict[str, Any]) -> None:
+    path = write_image_info(folder, content)
+    table = open_data(str(folder), splits=("test-dev",)).split("test-dev")
+    assert table.image_ids.tolist() == [30, 10, 20]
+    assert table.categories == (Category(2, "cat"), Category(90, "kite"))
+    assert len(table.boxes_xywh) == 0
+    assert table.read_image(0).shape == (48, 64, 3)
+    assert set(open_data(str(folder)).tables) == {"train", "val"}  # only where it is asked for
+    with pytest.raises(UserError, match="no COCO annotation file"):  # also when the same file is in the cache
+        open_annotations(path, NoImages())
+
+
+def test_test_dev_that_is_not_there(folder: Path, content: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"no split test-dev .*image_info_test-dev2017.json.*cocodataset.org"):
+        open_data(str(folder), splits=("test-dev",))
+    with pytest.raises(UserError, match="'shapes': has no split test-dev"):
+        open_data("shapes", splits=("test-dev",))
+    write_image_info(folder, content)
+    (folder / "test2017").rename(folder / "elsewhere")
+    with pytest.raises(UserError, match=r"test2017, which is no folder"):
+        open_data(str(folder), splits=("test-dev",))

@@ -38,9 +38,9 @@ def parses(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Grows by one with each parse."""
     calls: list[Path] = []
 
-    def counted(path: Path, images: NoImages) -> Table:
+    def counted(path: Path, images: NoImages, *, annotated: bool) -> Table:
         calls.append(path)
-        return REAL_PARSE(path, images)
+        return REAL_PARSE(path, images, annotated=annotated)
 
     monkeypatch.setattr(parse, "parse_coco", counted)
     return calls
