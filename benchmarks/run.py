@@ -2,6 +2,7 @@
 
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run bccd-fcos              # PAA and torchvision's FCOS, 3 seeds
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run bccd --seeds 1         # PAA trained longer
+    ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run bccd-ablations         # rows of the paper, tiny, 3 seeds
     python -m benchmarks.run quick                                               # the README's first command
 
 The file is written after every run. A comparison that was cut off goes on with the run it had not finished; a run made
@@ -91,6 +92,28 @@ MEMORISE = Detector(
     "{out}/train/metrics.json",
 )
 
+# The paper's ablations at a budget of minutes: preset small as it is, so rows differ in the named flags alone.
+ABLATION_START = f"{BCCD_START} {SHORT_RUN} --steps 240 --batch-size 8"
+ABLATION_FLAGS = {
+    "paa": "",
+    "scheme_a": "--scheme a",
+    "scheme_b": "--scheme b",
+    "scheme_d": "--scheme d",
+    "fixed_number": "--scheme number --fixed-number 10",
+    "score_range": "--scheme range --score-range 0.1",
+    "centerness": "--quality centerness",
+    "no_quality": "--quality none",
+}
+ABLATIONS = {
+    name: paa("240 x 8 images of 192 px, bf16", BCCD, f"{ABLATION_START} {flags}".strip(), "test")
+    for name, flags in ABLATION_FLAGS.items()
+}
+ABLATIONS["no_voting"] = Detector(  # the weights of `paa`, tested again
+    "240 x 8 images of 192 px, bf16",
+    (f"paa.evaluate {{out}}/../paa-{{seed}}/best.pt --data {BCCD} --split test --no-score-voting --out {{out}}/test",),
+    "{out}/test/metrics.json",
+)
+
 COMPARISONS = {
     "bccd-fcos": Comparison(
         file="bccd_peer.json",
@@ -115,6 +138,13 @@ COMPARISONS = {
         data=BCCD_DATA,
         licence_note=BCCD_NOTE,
         detectors={"paa": paa("280 x 8 images of 384 px, bf16", BCCD, BCCD_LARGE, "test")},
+    ),
+    "bccd-ablations": Comparison(
+        file="bccd_ablations.json",
+        seeds=3,
+        data=BCCD_DATA,
+        licence_note=BCCD_NOTE[BCCD_NOTE.index("Data:") :],
+        detectors=ABLATIONS,
     ),
     "coco-memorise": Comparison(
         file="coco_memorise.json",

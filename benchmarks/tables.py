@@ -8,6 +8,7 @@ A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; NAME
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from core import cli
+from core.complexity import Complexity, model_complexity
 from core.errors import UserError, nearest
+from paa.config import PRESETS, Config
+from paa.model import PAA
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -85,6 +89,81 @@ def coco_table(results: Path) -> str:
     return detector_table(results, rows) + note
 
 
+ABLATION_ROWS = (
+    ("paa", "PAA: scheme (c), IoU prediction, score voting"),
+    ("no_voting", "without score voting"),
+    ("no_quality", "without IoU prediction"),
+    ("centerness", "centre-ness instead of IoU prediction"),
+    ("scheme_a", "scheme (a)"),
+    ("scheme_b", "scheme (b)"),
+    ("scheme_d", "scheme (d)"),
+    ("fixed_number", "fixed number of positives, 10"),
+    ("score_range", "fixed score range, above 0.1"),
+)
+
+
+def ablation_table(results: Path) -> str:
+    """The paper's ablations at a budget of minutes, each row's AP beside the first one's."""
+    result = read_result(results / "bccd_ablations.json")
+    rows = []
+    for key, label in ABLATION_ROWS:
+        _, _, *cells = detector_row(results, "bccd_ablations.json", key, label)
+        rows.append([label, *cells, difference(result, key, "paa")])
+    note = ""
+    if result:
+        training = result["detectors"]["paa"]["training"]
+        note = f"\nEach: {training}, preset `small` otherwise. {result['licence_note']}\n"
+    return markdown(["row", "AP", "AP50", "AP75", "seeds", "AP beside the first row"], rows) + note
+
+
+def difference(result: dict[str, Any] | None, key: str, base: str) -> str:
+    """How far a detector's mean AP lies from another's; told apart where it is two standard errors or more away.
+
+    The standard error of the difference of two means over n and m seeds is sqrt(s^2 / n + t^2 / m).
+    """
+    if result is None or key not in result["detectors"] or base not in result["detectors"] or key == base:
+        return "" if key == base else NOT_MEASURED
+    ours, theirs = (result["detectors"][name] for name in (key, base))
+    gap = 100 * (ours["mean"]["AP"] - theirs["mean"]["AP"])
+    if ours["std"]["AP"] is None or theirs["std"]["AP"] is None:
+        return f"{gap:+.1f}, one seed"
+    error = 100 * math.hypot(*(part["std"]["AP"] / math.sqrt(len(part["runs"])) for part in (ours, theirs)))
+    return f"{gap:+.1f}" if abs(gap) >= 2 * error else f"{gap:+.1f}, not separable"
+
+
+def presets_table(results: Path) -> str:
+    """Every named run of PAA with the size of its model; the numbers are counted, not measured."""
+    header = ["preset", "backbone", "deformable", "steps of images", "short side", "learning rate", "parameters"]
+    header += ["trained", "GFLOPs"]
+    sizes: dict[Any, Complexity] = {}
+    rows = []
+    for name, config in PRESETS.items():
+        architecture = (config.backbone, config.norm, config.channels, config.dcn_stages, config.quality == "none")
+        key = (*architecture, config.short_side, config.frozen_stages)
+        if key not in sizes:
+            sizes[key] = model_complexity(config, PAA)
+        rows.append([f"`{name}`", *preset_cells(config), *size_cells(sizes[key])])
+    return markdown(header, rows)
+
+
+def preset_cells(config: Config) -> list[str]:
+    """Backbone and recipe of a preset."""
+    stages = "".join(f"C{stage} " for stage in config.dcn_stages) + ("towers" if config.dcn_tower else "")
+    side = f"{config.short_side_min}-{config.short_side}" if config.short_side_min else str(config.short_side)
+    return [
+        config.backbone,
+        stages or "-",
+        f"{config.steps:,} of {config.batch_size}",
+        side,
+        f"{config.learning_rate:g}",
+    ]
+
+
+def size_cells(size: Complexity) -> list[str]:
+    """Parameters, those trained, and GFLOPs of one image."""
+    return [f"{size.parameters:,}", f"{size.trainable:,}", f"{size.multiply_adds / 1e9:.1f}"]
+
+
 def speed_table(results: Path) -> str:
     """What `benchmarks.speed` measured, one row for each case."""
     result = read_result(results / "speed.json")
@@ -102,8 +181,10 @@ def speed_cells(row: dict[str, Any]) -> list[str]:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "ablations": ablation_table,
     "bccd": bccd_table,
     "coco": coco_table,
+    "presets": presets_table,
     "quick": quick_table,
     "speed": speed_table,
 }

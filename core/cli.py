@@ -55,7 +55,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_config(
-    presets: Mapping[str, ConfigType], method: str, description: str, argv: Sequence[str] | None = None
+    presets: Mapping[str, ConfigType],
+    method: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+    describe_model: Callable[[ConfigType], str] | None = None,
 ) -> ConfigType:
     """The configuration that a training command line describes: preset, then `--config` file, then flags.
 
@@ -68,6 +72,7 @@ def parse_config(
         method: package name, such as paa.
         description: what the command does, for `--help`.
         argv: command line without the program's name; the process's own by default.
+        describe_model: one line about the model's size, which `--dry-run` adds.
 
     Raises:
         SystemExit: code 2 after one line for any mistake, 0 after `--help` and `--dry-run`.
@@ -83,6 +88,8 @@ def parse_config(
         parser.error(str(error))
     if dry_run:
         print(describe_run(config))
+        if describe_model:
+            print(f"# model {describe_model(config)}")
         parser.exit()
     return config
 
@@ -145,7 +152,9 @@ def _config_parser(
     parser.add_argument(
         "--config", dest="config_file", metavar="F.yaml", default=None, help="a run's config.yaml, or some of its lines"
     )
-    parser.add_argument("--dry-run", action="store_true", default=False, help="print the resolved configuration")
+    parser.add_argument(
+        "--dry-run", action="store_true", default=False, help="print the resolved recipe and model size"
+    )
     groups: dict[str, Any] = {}
     for field in describe_fields(cls):
         if field.name == "preset":

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -48,7 +48,12 @@ class Trained(NamedTuple):
 
 
 def evaluate(
-    arguments: argparse.Namespace, method: str, config_type: type[Config], build: BuildModel, detect: Detect
+    arguments: argparse.Namespace,
+    method: str,
+    config_type: type[Config],
+    build: BuildModel,
+    detect: Detect,
+    changes: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """The 12 COCO numbers of a checkpoint on a split; printed, and written with all detections into a folder.
 
@@ -58,12 +63,13 @@ def evaluate(
         config_type: the method's configuration.
         build: makes the method's model.
         detect: the method's post-processing; gets `config=`.
+        changes: configuration fields that the method's own flags set.
 
     Raises:
         UserError: weights or data that are missing, damaged or do not fit each other.
     """
     with distributed.process_group(arguments.device) as device:
-        trained = load_trained(arguments, method, config_type, build, device)
+        trained = load_trained(arguments, method, config_type, build, device, changes)
         data = open_data(arguments.data or trained.config.data, trained.config.seed, splits=(arguments.split,))
         table = data.split(arguments.split)
         check_categories(table, trained.categories, str(arguments.weights))
@@ -124,9 +130,14 @@ def predict(
 
 
 def load_trained(
-    arguments: argparse.Namespace, method: str, config_type: type[Config], build: BuildModel, device: torch.device
+    arguments: argparse.Namespace,
+    method: str,
+    config_type: type[Config],
+    build: BuildModel,
+    device: torch.device,
+    asked: Mapping[str, Any] | None = None,
 ) -> Trained:
-    """The model of a checkpoint on the device, configured as it was trained except for the hardware options."""
+    """The model of a checkpoint on the device, configured as it was trained but for hardware and what is `asked`."""
     content = checkpoint.load(arguments.weights, method=method)
     try:
         config = config_from_values(content["config"], config_type, str(arguments.weights))
@@ -136,6 +147,7 @@ def load_trained(
     changes = {name: getattr(arguments, name, None) for name in ("workers", "batch_size", "precision")}
     changes = {name: value for name, value in changes.items() if value is not None} | {"device": arguments.device}
     changes |= {"deterministic": True} if arguments.deterministic else {}
+    changes |= asked or {}
     try:
         config = dataclasses.replace(config, **changes)
     except ValueError as error:

@@ -13,14 +13,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from core.anchors import AnchorGrid
-from core.boxes import box_iou, decode_deltas
+from core.boxes import box_iou, centres_inside, decode_deltas
 from core.geometry import MODERN, Geometry
 from core.losses import giou_loss, one_hot_labels, sigmoid_focal_loss
 from core.types import BACKGROUND, IGNORED, Assignment, Targets
-from paa.gmm import Mixture, split_candidates
+from paa.gmm import Mixture, Separation, split_candidates
 from paa.profiles import PAA_PROFILES, LowQualityRule, PaaProfile, Scheme
 
 IOU_CHUNK = 1 << 21  # largest number of anchor-object IoUs held at once
+HARD_IOU, HARD_BACKGROUND = 0.5, 0.4  # RetinaNet, section 4: positive from, background below
 
 
 class Matches(NamedTuple):
@@ -46,9 +47,9 @@ class Details(NamedTuple):
     match: Int[Tensor, "B A"]  # object of each anchor by IoU, or BACKGROUND
     scores: Float[Tensor, "B A"]  # anchor score; inf where unmatched
     candidates: Candidates
-    mixture: Mixture  # rows are the batch's objects, B * G
-    component: Int[Tensor, "B G K"]
-    log_density: Float[Tensor, "B G K"]
+    mixture: Mixture | None  # rows are the batch's objects, B * G; None, as the next two, where a fixed rule separates
+    component: Int[Tensor, "B G K"] | None
+    log_density: Float[Tensor, "B G K"] | None
     positive: Bool[Tensor, "B G K"]  # of the candidates
     ignored: Bool[Tensor, "B G K"]
 
@@ -66,6 +67,8 @@ def assign_paa(
     topk: int = 9,
     threshold: float = 0.1,
     scheme: Scheme = "c",
+    fixed_number: int = 9,
+    score_range: float = 0.1,
 ) -> Assignment:
     """Positives and negatives of a batch (Algorithm 1). No gradient flows through it.
 
@@ -80,7 +83,9 @@ def assign_paa(
         anchor_valid: anchors that take part (`core.anchors.anchors_inside`); the others become IGNORED. None: all.
         topk: K, candidates of an object on each level.
         threshold: smallest IoU of a match by IoU.
-        scheme: separation of the candidates, see `paa.gmm.separate`.
+        scheme: separation of the candidates, see `paa.gmm.separate`; `number` and `range`: see `fixed_separation`.
+        fixed_number: of `fixed_separation`.
+        score_range: of `fixed_separation`.
 
     Returns:
         Positives carry object and class; IGNORED are invalid anchors and, in schemes b and d, doubtful candidates; all
@@ -101,6 +106,8 @@ def assign_paa(
         topk=topk,
         threshold=threshold,
         scheme=scheme,
+        fixed_number=fixed_number,
+        score_range=score_range,
     ).assignment
 
 
@@ -118,6 +125,8 @@ def explain_assignment(
     topk: int = 9,
     threshold: float = 0.1,
     scheme: Scheme = "c",
+    fixed_number: int = 9,
+    score_range: float = 0.1,
 ) -> Details:
     """`assign_paa` with everything that led to the assignment; same arguments."""
     if topk < 1:
@@ -128,24 +137,28 @@ def explain_assignment(
         logits, decoded, match, targets, profile.score_box_weight, profile.giou_eps, profile.giou_floor
     )
     candidates = select_candidates(scores, match, targets.valid.shape[1], grid.level_sizes, topk)
-    split = split_candidates(
-        candidates.losses.flatten(0, 1),
-        candidates.valid.flatten(0, 1),
-        scheme,
-        keep_single=profile.keep_single,
-        first_component_only=profile.first_component_only,
-        all_without_first=profile.all_without_first,
-    )
-    per_object = candidates.valid.shape
-    positive, ignored = (part.view(per_object) for part in split.separation)
+    mixture = component = log_density = None
+    if scheme == "number" or scheme == "range":
+        positive, ignored = fixed_separation(candidates, fixed_number if scheme == "number" else None, score_range)
+    else:
+        split = split_candidates(
+            candidates.losses.flatten(0, 1),
+            candidates.valid.flatten(0, 1),
+            scheme,
+            keep_single=profile.keep_single,
+            first_component_only=profile.first_component_only,
+            all_without_first=profile.all_without_first,
+        )
+        mixture, parts = split.mixture, (split.component, split.log_density, *split.separation)
+        component, log_density, positive, ignored = (part.view_as(candidates.valid) for part in parts)
     return Details(
         assignment=_spread(candidates, positive, ignored, targets, match, anchor_valid),
         match=match,
         scores=scores,
         candidates=candidates,
-        mixture=split.mixture,
-        component=split.component.view(per_object),
-        log_density=split.log_density.view(per_object),
+        mixture=mixture,
+        component=component,
+        log_density=log_density,
         positive=positive,
         ignored=ignored,
     )
@@ -259,6 +272,43 @@ def select_candidates(
     index = order.gather(1, position.flatten(1).clamp(max=order.shape[1] - 1))
     losses = scores.gather(1, index).view_as(valid).masked_fill(~valid, torch.inf)
     return Candidates(index.view_as(valid), losses, valid)
+
+
+def fixed_separation(candidates: Candidates, number: int | None, score_range: float) -> Separation:
+    """The two simpler separations of Table 1, right; nothing is ignored.
+
+    With a `number`, that many candidates of an object are positive, those of the lowest anchor score (FNP); of equal
+    ones the first. Without, all are whose score is above `score_range` (FSR).
+
+    Note: the paper does not define the score of its FSR rows; with exp(-anchor score) in (0, 1], the product of Eq. 1,
+    a fresh network's anchors have at most 0.15, which is why 0.3 "fails to train".
+    """
+    if number is None:
+        positive = candidates.valid & ((-candidates.losses).exp() > score_range)
+    else:
+        rank = candidates.losses.argsort(dim=-1, stable=True).argsort(dim=-1)
+        positive = candidates.valid & (rank < number)
+    return Separation(positive, torch.zeros_like(positive))
+
+
+@torch.no_grad()
+def assign_hard_iou(
+    grid: AnchorGrid, targets: Targets, geometry: Geometry = MODERN, anchor_valid: Bool[Tensor, "B A"] | None = None
+) -> Assignment:
+    """RetinaNet's rule with one anchor a location, the baseline of section 4.2 (spec section 8).
+
+    Positive from IoU 0.5, background below 0.4, ignored between; an object's best anchors are matched at any IoU, to
+    their own best object. A match whose anchor has its centre outside the object, or less than 0.01 px inside, is
+    ignored.
+    """
+    matched = prematch(grid.boxes, targets, geometry, HARD_IOU, "own", anchor_valid)
+    doubtful = (matched < 0) & (prematch(grid.boxes, targets, geometry, HARD_BACKGROUND, "own", anchor_valid) >= 0)
+    centred = centres_inside(grid.points, _per_anchor(targets.boxes, matched, 0))
+    ignored = doubtful | ((matched >= 0) & ~centred)
+    if anchor_valid is not None:
+        ignored = ignored | ~anchor_valid
+    labels = _per_anchor(targets.labels, matched, BACKGROUND)
+    return Assignment(matched.masked_fill(ignored, IGNORED), labels.masked_fill(ignored, IGNORED))
 
 
 def _per_anchor(values: Tensor, match: Int[Tensor, "B A"], nobody: int) -> Tensor:

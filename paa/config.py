@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from core.config import TrainConfig
-from paa.profiles import Scheme
+from paa.profiles import ATSS_PROFILES, PAA_PROFILES, PaaProfile, Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,11 @@ class Config(TrainConfig):
         for name in ("prematch_iou", "score_range", "score_threshold", "nms_iou"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+    @property
+    def rules(self) -> PaaProfile:
+        """PAA's own switches of `profile`, or those of ATSS where that is what is trained."""
+        return (ATSS_PROFILES if self.assigner == "atss" else PAA_PROFILES)[self.profile]
 
 
 SMALL = Config(

@@ -18,12 +18,12 @@ class Outputs(NamedTuple):
 
     logits: Float[Tensor, "B A C"]  # class scores before the sigmoid
     deltas: Float[Tensor, "B A 4"]  # box regression relative to the anchor
-    quality_logits: Float[Tensor, "B A"]  # predicted IoU of the regressed box with its object, before the sigmoid
+    quality_logits: Float[Tensor, "B A"] | None  # IoU of the regressed box with its object, before the sigmoid
     grid: AnchorGrid
 
 
 class PAA(nn.Module):
-    """RetinaNet's layout with one anchor a location and an IoU branch (section 3.2)."""
+    """RetinaNet's layout with one anchor a location and an IoU branch (section 3.2), or ATSS's centre-ness, or none."""
 
     def __init__(self, config: Config, num_classes: int) -> None:
         super().__init__()
@@ -33,7 +33,11 @@ class PAA(nn.Module):
         self.backbone = build_backbone(config)
         self.fpn = FPN(self.backbone.out_channels, config.channels, relu_before_p7=config.switches.relu_before_p7)
         self.head = ParallelHead(
-            config.channels, num_classes, tower_bias=config.switches.tower_bias, dcn_tower=config.dcn_tower
+            config.channels,
+            num_classes,
+            tower_bias=config.switches.tower_bias,
+            dcn_tower=config.dcn_tower,
+            quality=config.quality != "none",
         )
 
     def forward(self, images: UInt8[Tensor, "B 3 H W"], sizes: Int[Tensor, "B 2"]) -> Outputs:

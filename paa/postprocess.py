@@ -1,5 +1,7 @@
 """PAA's outputs to detections: unified score, class-wise NMS, score voting (paper section 3.3, spec section 6)."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -10,7 +12,6 @@ from core.nms import Candidates, best_in_groups, nms_indices, to_detections
 from core.types import Detections
 from paa.config import Config
 from paa.model import Outputs
-from paa.profiles import PAA_PROFILES
 
 VOTING_IOU = 0.01  # neighbours overlap a box by more; the paper says by anything above 0 (spec section 14)
 CHUNK = 1 << 20  # (kept box, neighbour) pairs worked on at a time: about 100 MB
@@ -32,7 +33,7 @@ def detect(
         At most `max_detections` of an image; a few more where several are exactly as good as the last one, unless the
         profile is `mmdet`. Voting moves boxes, never scores, labels or order.
     """
-    switches = PAA_PROFILES[config.profile]
+    switches = config.rules
     pool = candidate_boxes(outputs, sizes, config)
     scales = None
     if switches.vote_in_original_pixels and original_sizes is not None:
@@ -48,35 +49,40 @@ def detect(
     return to_detections(kept, len(sizes))
 
 
-def unified_score(class_scores: Float[Tensor, "*#n"], ious: Float[Tensor, "*#n"] | None) -> Float[Tensor, "*n"]:
+def unified_score(
+    class_scores: Float[Tensor, "*#n"], ious: Float[Tensor, "*#n"] | None, root: bool = True
+) -> Float[Tensor, "*n"]:
     """sqrt(class score * predicted IoU), Eq. 1 with lambda 1; the class score alone where there is no IoU branch.
 
-    Note: the paper has the product; the root is the authors' code's and keeps the order.
+    Note: the paper has the product; the root is the authors' code's and keeps the order. MMDetection's ATSS has none.
     """
-    return class_scores if ious is None else (class_scores * ious).sqrt()
+    if ious is None:
+        return class_scores
+    return (class_scores * ious).sqrt() if root else class_scores * ious
 
 
 def candidate_boxes(outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config) -> Candidates:
     """What reaches NMS: pairs over the score threshold, the best `pre_nms_top` of each level, decoded and clipped.
 
     The profile says whether the threshold is put on the class score or on the unified score, and whether a level's best
-    are (anchor, class) pairs or anchors (spec PAA section 6, steps 1 and 2).
+    are (anchor, class) pairs or anchors (spec PAA section 6, steps 1 and 2; section 11 for ATSS).
     """
-    switches = PAA_PROFILES[config.profile]
+    switches = config.rules
     class_scores = _float(outputs.logits).sigmoid()
-    ious = None if outputs.quality_logits is None else _float(outputs.quality_logits).sigmoid()[..., None]
+    quality = None if outputs.quality_logits is None else _float(outputs.quality_logits).sigmoid()[..., None]
+    score = partial(unified_score, root=switches.root_of_score)
     groups = _level_groups(outputs)
-    wanted = (
-        class_scores if switches.threshold_on_class else unified_score(class_scores, ious)
-    ) > config.score_threshold
+    wanted = (class_scores if switches.threshold_on_class else score(class_scores, quality)) > config.score_threshold
     if not switches.top_over_pairs:
-        best_class = unified_score(class_scores.amax(dim=-1, keepdim=True), ious)
+        best_class = score(class_scores.amax(dim=-1, keepdim=True), quality)
         best = best_in_groups(best_class.flatten(), groups.flatten(), config.pre_nms_top)
         wanted &= _mask(best, groups)[..., None]
     images, anchors, labels = wanted.nonzero().unbind(1)
-    scores = unified_score(class_scores[images, anchors, labels], None if ious is None else ious[images, anchors, 0])
+    pair_scores = class_scores[images, anchors, labels]
+    scores = score(pair_scores, None if quality is None else quality[images, anchors, 0])
     if switches.top_over_pairs:
-        best = best_in_groups(scores, groups[images, anchors], config.pre_nms_top)
+        ranked = pair_scores if switches.rank_on_class else scores
+        best = best_in_groups(ranked, groups[images, anchors], config.pre_nms_top)
         images, anchors, labels, scores = images[best], anchors[best], labels[best], scores[best]
     boxes = decode_deltas(
         outputs.grid.boxes[anchors],

@@ -7,7 +7,7 @@ ranks, that of the box loss has a floor, and boxes without area are dropped at t
 objects is all negative (the authors' code stops with an error there).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from core.profiles import ProfileName
@@ -30,12 +30,15 @@ class PaaProfile:
     # losses, section 3.2
     normaliser: NormaliserRule  # of the losses: see `paa.losses.normalisers`
     count_images: bool  # the class loss is divided by at least the rank's number of images; otherwise by at least 1
+    count_empty_images: bool  # an image without positives counts as one positive in the normalisers
     box_normaliser_floor: float  # smallest divisor of the box loss, where the IoUs of all positives sum to 0
     giou_eps: float  # square pixels that keep GIoU's two ratios finite ...
     giou_floor: bool  # ... as a floor of both areas; otherwise added to them
     # test, section 3.3
-    threshold_on_class: bool  # the score threshold is put on the class score; otherwise on sqrt(class score * IoU)
+    root_of_score: bool  # a detection's score is sqrt(class score * IoU); otherwise the product
+    threshold_on_class: bool  # the score threshold is put on the class score; otherwise on the detection's score
     top_over_pairs: bool  # a level's best before NMS are (anchor, class) pairs; otherwise anchors by their best class
+    rank_on_class: bool  # a level's best are those of the highest class score; otherwise of the highest score
     keep_ties: bool  # detections exactly as good as the last of the best 100 stay too
     vote_in_original_pixels: bool  # NMS and score voting after resizing to the image file; otherwise before
     drop_empty_boxes: bool  # detections that clipping leaves without area are dropped
@@ -53,11 +56,14 @@ PAA_PROFILES: dict[ProfileName, PaaProfile] = {
         all_without_first=True,
         normaliser="global",
         count_images=False,
+        count_empty_images=False,
         box_normaliser_floor=1e-6,
         giou_eps=1e-7,
         giou_floor=False,
+        root_of_score=True,
         threshold_on_class=True,
         top_over_pairs=True,
+        rank_on_class=False,
         keep_ties=True,
         vote_in_original_pixels=False,
         drop_empty_boxes=True,
@@ -70,11 +76,14 @@ PAA_PROFILES: dict[ProfileName, PaaProfile] = {
         all_without_first=False,
         normaliser="local",
         count_images=True,
+        count_empty_images=False,
         box_normaliser_floor=NO_FLOOR,
         giou_eps=1e-6,
         giou_floor=True,
+        root_of_score=True,
         threshold_on_class=False,
         top_over_pairs=False,
+        rank_on_class=False,
         keep_ties=False,
         vote_in_original_pixels=True,
         drop_empty_boxes=False,
@@ -87,13 +96,32 @@ PAA_PROFILES: dict[ProfileName, PaaProfile] = {
         all_without_first=True,
         normaliser="average",
         count_images=False,
+        count_empty_images=False,
         box_normaliser_floor=NO_FLOOR,
         giou_eps=1e-7,
         giou_floor=False,
+        root_of_score=True,
         threshold_on_class=True,
         top_over_pairs=True,
+        rank_on_class=False,
         keep_ties=True,
         vote_in_original_pixels=False,
         drop_empty_boxes=False,
+    ),
+}
+
+# ATSS as a baseline (spec section 11): the authors of PAA forked ATSS, so only MMDetection's differ.
+ATSS_PROFILES: dict[ProfileName, PaaProfile] = {
+    **PAA_PROFILES,
+    "mmdet": replace(
+        PAA_PROFILES["mmdet"],
+        normaliser="average",
+        count_images=False,
+        count_empty_images=True,
+        box_normaliser_floor=1.0,
+        root_of_score=False,
+        threshold_on_class=True,
+        top_over_pairs=True,
+        rank_on_class=True,
     ),
 }

@@ -15,8 +15,16 @@ from paa.config import PRESETS, Config
 
 def main() -> None:
     """Parse the command line, then train; torch is imported only when there is something to do."""
-    config = cli.parse_config(PRESETS, "paa", "Train PAA on COCO-format images, a dataset YAML or drawn shapes.")
-    train(config)
+    description = "Train PAA on COCO-format images, a dataset YAML or drawn shapes."
+    train(cli.parse_config(PRESETS, "paa", description, describe_model=describe_model))
+
+
+def describe_model(config: Config) -> str:
+    """Parameters and multiply-adds of a configuration's model."""
+    from core.complexity import describe, model_complexity
+    from paa.model import PAA
+
+    return describe(model_complexity(config, PAA))
 
 
 def train(config: Config) -> dict[str, float]:

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import tables
 from core.errors import UserError
+from paa.config import PRESETS
 
 PAGE = "before\n<!-- table: quick -->\nold\n<!-- end -->\nafter\n"
 
@@ -33,9 +34,34 @@ def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     assert "| 40.0 | 75.0 | 50.0 | 1 |" in tables.quick_table(tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(tables.TABLES))
+@pytest.mark.parametrize("name", sorted(tables.TABLES.keys() - {"presets"}))  # those are counted, not measured
 def test_missing_results_say_not_measured(name: str, tmp_path: Path) -> None:
     assert "not measured" in tables.TABLES[name](tmp_path)
+
+
+def test_ablations_within_noise_are_called_so(tmp_path: Path) -> None:
+    # Standard errors sqrt(.02^2 / 2 + .02^2 / 2) = .02: two of them are .04.
+    detectors = {
+        key: {
+            "training": "some steps",
+            "runs": [{"seed": 0}, {"seed": 1}],
+            "mean": {"AP": ap, "AP50": 0.5, "AP75": 0.5},
+            "std": {"AP": 0.02, "AP50": 0.0, "AP75": 0.0},
+        }
+        for key, ap in {"paa": 0.4, "scheme_a": 0.43, "no_quality": 0.35}.items()
+    }
+    (tmp_path / "bccd_ablations.json").write_text(json.dumps({"detectors": detectors, "licence_note": "free"}))
+    table = tables.ablation_table(tmp_path)
+    assert "| scheme (a) | 43.0 ± 2.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 2 | +3.0, not separable |" in table
+    assert "| without IoU prediction | 35.0 ± 2.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 2 | -5.0 |" in table
+    assert "| scheme (b) | not measured | not measured | not measured | not measured | not measured |" in table
+
+
+def test_preset_sizes() -> None:
+    rows = tables.presets_table(Path()).splitlines()
+    assert "| `r50_1x` | resnet50 | - | 90,000 of 16 | 800 | 0.01 | 32,295,322 | 32,069,978 |" in rows[3]
+    assert "| `r101_dcn_2x_ms` | resnet101 | C3 C4 C5 towers | 180,000 of 16 | 640-800 | 0.01 |" in rows[6]
+    assert len(rows) == 2 + len(PRESETS)
 
 
 def test_speed_rows(tmp_path: Path) -> None:

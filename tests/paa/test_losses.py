@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from core.anchors import anchor_grid, level_shapes
 from core.boxes import box_iou
 from core.geometry import GEOMETRIES, LEGACY
-from core.heads import ParallelHead
 from core.losses import giou_loss
 from core.types import BACKGROUND, IGNORED, Assignment, Targets
 from paa.config import Config
@@ -22,86 +20,17 @@ from paa.model import Outputs
 from paa.profiles import PAA_PROFILES
 from tests.conftest import golden_arrays
 from tests.core.operators import Recorder
-from tests.core.renaming import from_mmdet, from_official_head
-
-Arrays = dict[str, np.ndarray]
-CANVAS = (128, 160)
-LEVELS = [320, 80, 20, 6, 2]
-MMDET = Config(profile="mmdet")
-OFFICIAL = Config(profile="official", geometry="legacy")
-
-
-def golden_targets(arrays: Arrays, case: str) -> Targets:
-    """Ground truth of a golden case, padded."""
-    counts = [len(arrays[f"{case}/gt_labels_{i}"]) for i in range(2)]
-    shape = arrays.get(f"{case}/img_shape", arrays.get("img_shape"))
-    assert shape is not None
-    targets = Targets(
-        torch.zeros(2, max(counts), 4),
-        torch.zeros(2, max(counts), dtype=torch.int64),
-        torch.zeros(2, max(counts), dtype=torch.bool),
-        torch.from_numpy(shape),
-    )
-    for i, count in enumerate(counts):
-        targets.boxes[i, :count] = torch.from_numpy(arrays[f"{case}/gt_bboxes_{i}"])
-        targets.labels[i, :count] = torch.from_numpy(arrays[f"{case}/gt_labels_{i}"].astype(np.int64))
-        targets.valid[i, :count] = True
-    return targets
-
-
-def stored_rows(arrays: Arrays, name: str) -> Tensor:
-    """A stored map of all levels as (B, A, channels)."""
-    maps = [torch.from_numpy(arrays[f"{name}_{level}"]) for level in range(5)]
-    return torch.cat([part.permute(0, 2, 3, 1).flatten(1, 2) for part in maps], dim=1)
-
-
-def mmdet_names(arrays: Arrays) -> dict[str, str]:
-    """Our name of every stored weight of MMDetection's head."""
-    keys = [key.removeprefix("param/") for key in arrays if key.startswith("param/")]
-    return {key: str(from_mmdet(f"bbox_head.{key}")).removeprefix("head.") for key in keys}
-
-
-def mmdet_head(arrays: Arrays) -> ParallelHead:
-    """The head with the stored weights."""
-    head = ParallelHead(64, 80, tower_bias=False)
-    state = {name: torch.from_numpy(arrays[f"param/{key}"]) for key, name in mmdet_names(arrays).items()}
-    head.load_state_dict(state)
-    return head
-
-
-def golden_outputs(arrays: Arrays, case: str, config: Config) -> Outputs:
-    """Head outputs as leaves: the stored ones, or those of the stored features where a case keeps only these."""
-    grid = anchor_grid(level_shapes(CANVAS), config.box_geometry)
-    if f"{case}/cls_score_0" not in arrays:
-        with torch.no_grad():
-            head = mmdet_head(arrays)([torch.from_numpy(arrays[f"{case}/feat_{level}"]) for level in range(5)])
-        assert head.quality is not None
-        return Outputs(head.logits.requires_grad_(), head.deltas.requires_grad_(), head.quality.requires_grad_(), grid)
-    logits, deltas, ious = (stored_rows(arrays, f"{case}/{name}") for name in ("cls_score", "bbox_pred", "iou_pred"))
-    return Outputs(logits.requires_grad_(), deltas.requires_grad_(), ious[..., 0].requires_grad_(), grid)
-
-
-def check_losses(arrays: Arrays, case: str, config: Config, names: dict[str, str]) -> None:
-    """Every loss and every gradient of a golden case."""
-    outputs = golden_outputs(arrays, case, config)
-    losses = compute_losses(outputs, golden_targets(arrays, case), 1, 1, config=config)
-    for ours, theirs in names.items():
-        expected = torch.from_numpy(arrays[f"{case}/loss_{theirs}"].reshape(()))
-        torch.testing.assert_close(losses[ours].detach(), expected, rtol=1e-4, atol=1e-6)
-    sum(losses.values(), torch.zeros(())).backward()
-    for tensor, name in (
-        (outputs.logits, "cls_score"),
-        (outputs.deltas, "bbox_pred"),
-        (outputs.quality_logits, "iou_pred"),
-    ):
-        assert tensor.grad is not None
-        gradient = tensor.grad.reshape(2, sum(LEVELS), -1)
-        if f"{case}/grad_{name}_0" in arrays:
-            expected = stored_rows(arrays, f"{case}/grad_{name}")
-            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
-        if f"{case}/grad_l2_{name}" in arrays:
-            norms = torch.stack([part.norm() for part in gradient.split(LEVELS, dim=1)])
-            torch.testing.assert_close(norms, torch.from_numpy(arrays[f"{case}/grad_l2_{name}"]), rtol=1e-3, atol=1e-6)
+from tests.paa.golden import (
+    MMDET,
+    OFFICIAL,
+    check_losses,
+    check_parameter_gradients,
+    mmdet_head,
+    mmdet_names,
+    official_arrays,
+    official_head,
+    official_names,
+)
 
 
 @pytest.mark.parametrize("case", ["A", "B", "C"])
@@ -110,32 +39,10 @@ def test_golden_mmdet(case: str) -> None:
     check_losses(golden_arrays("head_paa.npz"), case, MMDET, names)
 
 
-def official_arrays(shared: Path) -> Arrays:
-    with np.load(shared / "golden_official" / "paa.npz") as archive:
-        return {key: archive[key] for key in archive.files}
-
-
 @pytest.mark.parametrize("case", ["A", "B", "C", "D", "E", "F"])
 def test_golden_official(shared: Path, case: str) -> None:
     names = {"loss_cls": "cls", "loss_box": "reg", "loss_iou": "iou_pred"}
     check_losses(official_arrays(shared), case, OFFICIAL, names)
-
-
-def check_parameter_gradients(arrays: Arrays, config: Config, head: ParallelHead, names: dict[str, str]) -> None:
-    """The gradient's norm of every weight of the head, from the features of case A."""
-    features = [torch.from_numpy(arrays[f"A/feat_{level}"]) for level in range(5)]
-    predicted = head(features)
-    assert predicted.quality is not None
-    grid = anchor_grid(predicted.shapes, config.box_geometry)
-    outputs = Outputs(predicted.logits, predicted.deltas, predicted.quality, grid)
-    losses = compute_losses(outputs, golden_targets(arrays, "A"), 1, 1, config=config)
-    sum(losses.values(), torch.zeros(())).backward()
-    weights = dict(head.named_parameters())
-    stored = zip(arrays["A/param_grad_names"], arrays["A/param_grad_l2"], strict=True)
-    for theirs, norm in stored:
-        gradient = weights[names[str(theirs)]].grad
-        assert gradient is not None
-        assert float(gradient.norm()) == pytest.approx(float(norm), rel=1e-3, abs=1e-6)
 
 
 def test_golden_mmdet_parameter_gradients() -> None:
@@ -145,12 +52,7 @@ def test_golden_mmdet_parameter_gradients() -> None:
 
 def test_golden_official_parameter_gradients(shared: Path) -> None:
     arrays = official_arrays(shared)
-    keys = [key.removeprefix("param/") for key in arrays if key.startswith("param/")]
-    names = {key: from_official_head(key) for key in keys}
-    head = ParallelHead(64, 80, tower_bias=True)
-    state = {name: torch.from_numpy(arrays[f"param/{key}"]) for key, name in names.items()}
-    head.load_state_dict({name: value.reshape(head.state_dict()[name].shape) for name, value in state.items()})
-    check_parameter_gradients(arrays, OFFICIAL, head, names)
+    check_parameter_gradients(arrays, OFFICIAL, official_head(arrays), official_names(arrays))
 
 
 def tiny(config: Config, gt_index: list[int], num_classes: int = 2) -> tuple[Outputs, Targets, Assignment]:

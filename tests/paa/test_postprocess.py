@@ -14,12 +14,12 @@ from core.anchors import AnchorGrid, anchor_grid, level_shapes
 from core.boxes import box_iou, clip_boxes, decode_deltas
 from core.geometry import GEOMETRIES, LEGACY, MODERN, Geometry
 from core.nms import Candidates, nms_indices
-from core.types import Detections
 from paa.config import Config
 from paa.model import Outputs
 from paa.postprocess import detect, unified_score, vote
 from paa.profiles import PAA_PROFILES
 from tests.conftest import golden_arrays
+from tests.paa.golden import check_detections
 
 MMDET = Config(profile="mmdet")
 OFFICIAL = Config(profile="official", geometry="legacy")
@@ -41,23 +41,6 @@ def outputs_of(arrays: dict[str, np.ndarray], case: str, geometry: Geometry) -> 
     return Outputs(flat("cls_score"), flat("bbox_pred"), flat(quality)[..., 0], grid)
 
 
-def check_golden(
-    detections: Detections, arrays: dict[str, np.ndarray], prefix: str, scale: Tensor | None = None
-) -> None:
-    for image in range(2):
-        boxes, scores, labels = (
-            torch.from_numpy(arrays[f"{prefix}_{name}_{image}"]) for name in ("bboxes", "scores", "labels")
-        )
-        valid = detections.valid[image]
-        assert int(valid.sum()) == len(boxes)
-        order = scores.argsort(descending=True, stable=True)  # the files order voted detections by class
-        found = detections.boxes[image][valid]
-        found = found if scale is None else found / scale.repeat(2)
-        torch.testing.assert_close(detections.scores[image][valid], scores[order], rtol=1e-4, atol=1e-6)
-        assert detections.labels[image][valid].tolist() == labels[order].tolist()
-        torch.testing.assert_close(found, boxes[order], rtol=0, atol=0.01)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", "AB")
 def test_golden_mmdet(case: str, variant: str) -> None:
@@ -65,7 +48,7 @@ def test_golden_mmdet(case: str, variant: str) -> None:
     outputs = outputs_of(arrays, case, MODERN)
     sizes = torch.from_numpy(arrays[f"{case}/img_shape"])
     detections = detect(outputs, sizes, replace(MMDET, **VARIANTS[variant]))
-    check_golden(detections, arrays, f"{case}/{variant}")
+    check_detections(detections, arrays, f"{case}/{variant}")
 
 
 def test_golden_mmdet_rescaled() -> None:
@@ -73,7 +56,7 @@ def test_golden_mmdet_rescaled() -> None:
     sizes, scale = torch.from_numpy(arrays["A/img_shape"]), torch.from_numpy(arrays["A/scale_factor"])
     outputs = outputs_of(arrays, "A", MODERN)
     detections = detect(outputs, sizes, MMDET)
-    check_golden(detections, arrays, "A/det_rescaled", scale)
+    check_detections(detections, arrays, "A/det_rescaled", scale)
     originals = (sizes / scale.flip(0)).round().long()
     again = detect(outputs, sizes, MMDET, originals)  # votes in other pixels, which a plain IoU does not notice
     torch.testing.assert_close(again.boxes, detections.boxes, rtol=0, atol=1e-3)
@@ -87,7 +70,7 @@ def test_golden_official(shared: Path, case: str, variant: str) -> None:
     detections = detect(
         outputs_of(arrays, case, LEGACY), torch.from_numpy(arrays["img_shape"]), replace(OFFICIAL, **VARIANTS[variant])
     )
-    check_golden(detections, arrays, f"{case}/{variant}")
+    check_detections(detections, arrays, f"{case}/{variant}")
 
 
 @pytest.mark.parametrize("name", ["vote0", "vote1", "vote2", "vote3"])

@@ -1,0 +1,111 @@
+"""Every named run: what the paper states about it, and one step of training and an evaluation at reduced size."""
+
+import json
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from paa.config import ABLATIONS, PRESETS, Config
+from paa.train import train
+from tests.runs import run
+
+BASE = Config()
+# Spec section 8: backbone, deformable stages, short sides, learning rate, batch, steps, milestones in steps
+RECIPES = {
+    "r50_1x": ("resnet50", (), (0, 800), 0.01, 16, 90_000, (60_000, 80_000)),
+    "r50_1p5x": ("resnet50", (), (0, 800), 0.01, 16, 135_000, (90_000, 120_000)),
+    "r101_2x_ms": ("resnet101", (), (640, 800), 0.01, 16, 180_000, (120_000, 160_000)),
+    "x101_64x4d_2x_ms": ("resnext101_64x4d", (), (640, 800), 0.01, 16, 180_000, (120_000, 160_000)),
+    "r101_dcn_2x_ms": ("resnet101", (3, 4, 5), (640, 800), 0.01, 16, 180_000, (120_000, 160_000)),
+    "x101_64x4d_dcn_2x_ms": ("resnext101_64x4d", (4, 5), (640, 800), 0.01, 16, 180_000, (120_000, 160_000)),
+    "x101_32x8d_dcn_2x_ms": ("resnext101_32x8d", (4, 5), (640, 800), 0.01, 16, 180_000, (120_000, 160_000)),
+    "x152_32x8d_dcn_2x_ms": ("resnext152_32x8d", (4, 5), (640, 800), 0.005, 8, 360_000, (240_000, 320_000)),
+}
+SHARED_RECIPE = {  # of all of them
+    "long_side": 1333,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "bias_lr_factor": 2.0,
+    "bias_weight_decay": 0.0,
+    "warmup": "constant",
+    "warmup_steps": 500,
+    "warmup_factor": 1 / 3,
+    "clip_grad_norm": 0.0,
+    "frozen_stages": 2,
+    "norm": "frozen",
+    "empty_images": "skip",
+    "dcn_groups": 1,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name: str) -> None:
+    config = PRESETS[name]
+    backbone, stages, sides, lr, batch, steps, milestones = RECIPES[name]
+    assert (config.backbone, config.dcn_stages, config.dcn_tower) == (backbone, stages, bool(stages))
+    assert (config.short_side_min, config.short_side) == sides
+    assert config.learning_rate == pytest.approx(lr)
+    assert (config.batch_size, config.steps) == (batch, steps)
+    assert tuple(round(milestone * steps) for milestone in config.milestones) == milestones
+    assert {key: getattr(config, key) for key in SHARED_RECIPE} == SHARED_RECIPE
+
+
+def test_every_recipe_is_a_preset_and_the_paper_s_run_is_the_default() -> None:
+    assert set(PRESETS) == {*RECIPES, *ABLATIONS, "small", "quick"}
+    assert next(iter(PRESETS)) == "r50_1p5x"
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_only_what_it_is_named_after(name: str) -> None:
+    config = PRESETS[name]
+    changed = {field.name for field in fields(Config) if getattr(config, field.name) != getattr(BASE, field.name)}
+    method = {"assigner", "quality", "scheme", "fixed_number", "score_range", "score_voting", "topk", "anchor_scale"}
+    assert changed
+    assert changed <= method | {"box_weight", "quality_weight"}
+
+
+def test_ablations_are_all_different() -> None:
+    assert len(set(PRESETS.values())) == len(PRESETS)
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A COCO folder of a few drawn images."""
+    folder = tmp_path_factory.mktemp("drawings")
+    run("core.data", "shapes", str(folder), "--train", "4", "--val", "2", "--test", "1")
+    return folder
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_one_step_and_an_evaluation(name: str, drawings: Path, tmp_path: Path) -> None:
+    preset = PRESETS[name]
+    # the paper's backbones in full width; the ablations, which share one, on the smallest
+    backbone = "resnet18" if name in ABLATIONS else preset.backbone
+    config = replace(
+        preset,
+        data=str(drawings),
+        backbone=backbone,
+        backbone_weights="none",
+        frozen_stages=0,
+        channels=64,
+        short_side=64,
+        short_side_min=32 if preset.short_side_min else 0,
+        long_side=96,
+        batch_size=2,
+        steps=1,
+        lr=1e-4,
+        log_every=1,
+        workers=0,
+        device="cpu",
+        out=str(tmp_path),
+    )
+    metrics = train(config)
+    assert metrics["step"] == 1
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["split"] for row in rows] == ["train", "val"]
+    quality = {"none": set()}.get(preset.quality, {f"loss_{preset.quality}"})
+    losses = {key for key in rows[0] if key.startswith("loss_")}
+    assert losses == {"loss_cls", "loss_box", *quality}
+    assert all(math.isfinite(rows[0][key]) for key in losses)
