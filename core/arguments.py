@@ -16,10 +16,13 @@ def evaluate_parser(method: str) -> OneLineParser:
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="checkpoint, such as runs/.../best.pt")
     parser.add_argument("--data", help="COCO folder, dataset YAML or shapes; default: what the model was trained on")
     parser.add_argument("--split", choices=("train", "val", "test", "test-dev"), default="val", help=SPLIT_HELP)
-    parser.add_argument("--out", type=Path, help="folder of the results; default: WEIGHTS' folder + /evaluate-<split>")
+    parser.add_argument(
+        "--out", type=Path, help="folder of results; default: WEIGHTS' folder + /evaluate-<split>[-tta]"
+    )
     parser.add_argument("--backend", choices=("faster", "pycocotools"), default="faster", help="who computes AP")
     parser.add_argument("--workers", type=int, help="loader processes")
     parser.add_argument("--batch-size", type=int, help="images of a forward over all processes")
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation: 26 views of each image, merged")
     _add_hardware(parser)
     return parser
 

@@ -30,6 +30,7 @@ from core.evaluator import METRICS, evaluate_boxes, write_detections
 from core.inference import Detect, check_categories, detect_batch, detect_table, ground_truth
 from core.runlog import write_json
 from core.train import seed_everything
+from core.tta import describe_views, paper_views
 from core.types import Batch, Detections
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -74,9 +75,12 @@ def evaluate(
         table = data.split(arguments.split)
         check_categories(table, trained.categories, str(arguments.weights))
         detect = partial(detect, config=trained.config)
-        out = arguments.out or arguments.weights.parent / f"evaluate-{arguments.split}"
+        views = paper_views(trained.config.short_side, trained.config.long_side) if arguments.tta else ()
+        out = arguments.out or arguments.weights.parent / f"evaluate-{arguments.split}{'-tta' if views else ''}"
         out.mkdir(parents=True, exist_ok=True)
-        found = detect_table(trained.model, detect, table, trained.config, device)
+        if views and distributed.is_main():
+            print(describe_views(views), flush=True)  # it will take a while
+        found = detect_table(trained.model, detect, table, trained.config, device, views)
         if not distributed.is_main():
             return {}
         if arguments.split == TEST_DEV:
@@ -90,7 +94,7 @@ def evaluate(
             {"id": category.id, "name": category.name, "AP": result.category_ap[category.id]}
             for category in table.categories
         ]
-        facts = {"weights": str(arguments.weights), "data": data.name, "split": arguments.split}
+        facts = {"weights": str(arguments.weights), "data": data.name, "split": arguments.split, "tta": arguments.tta}
         write_json(out / "metrics.json", {**result.metrics, "per_class": per_class, **facts})
         print(f"{len(found.scores)} detections on {len(table)} images of {data.name} {arguments.split}")
         for name, value in result.metrics.items():

@@ -1,17 +1,20 @@
 """From a model and a split to metrics: what evaluation during training and the `evaluate` command share."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from core import checkpoint, distributed
 from core.config import TrainConfig
 from core.data.images import ImageFolder
-from core.data.loader import eval_batches
+from core.data.loader import eval_batches, scaled_batches
 from core.data.sources import DataSource
 from core.data.table import Category, Table
 from core.errors import UserError
@@ -24,6 +27,8 @@ from core.evaluator import (
     ground_truth_from_table,
     read_ground_truth,
 )
+from core.nms import to_detections
+from core.tta import View, flip_images, merge, view_candidates
 from core.types import Batch, Detections
 
 # A method's `detect` with its configuration bound: (outputs, sizes, original_sizes=...) to detections.
@@ -76,19 +81,62 @@ def ground_truth(table: Table) -> GroundTruth:
 
 @torch.no_grad()
 def detect_table(
-    model: nn.Module, detect: Detect, table: Table, config: TrainConfig, device: torch.device
+    model: nn.Module,
+    detect: Detect,
+    table: Table,
+    config: TrainConfig,
+    device: torch.device,
+    views: Sequence[View] = (),
 ) -> DetectionArrays:
     """Detections of a whole split in pixels of the image files; each rank does its share, every rank gets all.
 
-    The model must be in evaluation mode and on `device`.
+    The model must be in evaluation mode and on `device`. With `views` an image is looked at in each of them and what is
+    found is merged (`core.tta`); otherwise once, at the configuration's size.
     """
     category_ids = np.array([category.id for category in table.categories], dtype=np.int64)
-    batches = eval_batches(table, config, rank=distributed.rank(), world_size=distributed.world_size())
+
+    def find(batch: Batch, flip: bool = False) -> Detections:
+        there = batch.to(device)
+        images = flip_images(there.images, there.sizes) if flip else there.images
+        return detect_batch(model, detect, there._replace(images=images), config)
+
+    found = _find_in_views(find, table, config, views) if views else _find_once(find, table, config)
+    hidden = not (views and distributed.is_main() and sys.stderr.isatty())
     parts = []
-    for batch in batches:
-        detections = detect_batch(model, detect, batch.to(device), config)
-        parts.append(detection_arrays(detections, batch, category_ids, config.box_geometry))
+    with tqdm(total=len(table) // distributed.world_size(), unit="image", disable=hidden) as bar:
+        for batch, detections in found:
+            parts.append(detection_arrays(detections, batch, category_ids, config.box_geometry))
+            bar.update(len(batch.sizes))
     return concatenate(distributed.gather_objects(concatenate(parts)))
+
+
+def _find_once(
+    find: Callable[..., Detections], table: Table, config: TrainConfig
+) -> Iterator[tuple[Batch, Detections]]:
+    for batch in eval_batches(table, config, rank=distributed.rank(), world_size=distributed.world_size()):
+        yield batch, find(batch)
+
+
+def _find_in_views(
+    find: Callable[..., Detections], table: Table, config: TrainConfig, views: Sequence[View]
+) -> Iterator[tuple[Batch, Detections]]:
+    """Batches of the first view with what is found in all views, merged; one view has nothing to merge.
+
+    The device sees one view of one batch at a time. Merging is the CPU's: its sums have one order.
+    """
+    scales = list(dict.fromkeys(view.scale for view in views))
+    lists = scaled_batches(table, config, scales, rank=distributed.rank(), world_size=distributed.world_size())
+    for first in lists:
+        (plain,) = first
+        found = []
+        for scale, batches in zip(scales, chain([first], lists), strict=False):  # takes one list for each scale
+            for batch, view in product(batches, [view for view in views if view.scale == scale]):
+                images = (batch.image_ids[:, None] == plain.image_ids).nonzero()[:, 1]
+                detections = Detections(*(field.cpu() for field in find(batch, view.flip)))
+                sizes = batch.sizes, plain.sizes[images]
+                found.append(view_candidates(detections, view, images, *sizes, config.box_geometry))
+        count = len(plain.sizes)
+        yield plain, merge(found, count, config.box_geometry) if len(views) > 1 else to_detections(found[0], count)
 
 
 def detect_batch(model: nn.Module, detect: Detect, batch: Batch, config: TrainConfig) -> Detections:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from core import commands
 from core.commands import ImageSource, output_names
 from core.errors import UserError
 from core.evaluator import METRICS, evaluate_boxes, read_detections, read_ground_truth
+from core.tta import paper_views
 from tests.runs import METHODS, TINY, run
 
 
@@ -75,6 +77,48 @@ def test_deterministic_detections_are_the_same_bytes_for_any_batch_size(
         call(f"{method}.evaluate", monkeypatch, str(weights), *flags)
         written.append((tmp_path / size / "detections.json").read_bytes())
     assert written[0] == written[1] == written[2]
+
+
+def use_views(monkeypatch: pytest.MonkeyPatch, part: slice) -> None:
+    """Only some of the 26 views: they would take a while."""
+    monkeypatch.setattr(commands, "paper_views", lambda *size: paper_views(*size)[part])
+
+
+def test_views_change_detections_and_one_view_does_not(
+    trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method, weights = trained
+    found = {}
+    for name, flags, part in (("plain", (), 0), ("one", ("--tta",), 1), ("four", ("--tta",), 4)):
+        use_views(monkeypatch, slice(part))
+        out = tmp_path / name
+        call(f"{method}.evaluate", monkeypatch, str(weights), "--workers", "0", *flags, "--out", str(out))
+        printed = capsys.readouterr().out
+        assert ("4 views of each image, short sides 32 to 64 px" in printed) == (name == "four")
+        assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["tta"] == (name != "plain")
+        found[name] = (out / "detections.json").read_bytes()
+    assert found["one"] == found["plain"]
+    assert found["four"] != found["plain"]
+
+
+def test_merged_detections_are_the_same_bytes_for_any_batch_size(
+    trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, weights = trained
+    use_views(monkeypatch, slice(0, 12, 5))
+    written = []
+    for size in ("1", "3"):
+        flags = ("--tta", "--workers", "0", "--deterministic", "--batch-size", size, "--out", str(tmp_path / size))
+        call(f"{method}.evaluate", monkeypatch, str(weights), *flags)
+        written.append((tmp_path / size / "detections.json").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_views_go_to_a_folder_of_their_own(trained: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    method, weights = trained
+    use_views(monkeypatch, slice(2))
+    call(f"{method}.evaluate", monkeypatch, str(weights), "--workers", "0", "--tta")
+    assert (weights.parent / "evaluate-val-tta" / "metrics.json").exists()
 
 
 def test_batch_size_moves_detections_by_rounding_only(
