@@ -101,6 +101,17 @@ def test_ap_over_iou_thresholds(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hundred_of_a_thousand_detections_count(backend: Backend) -> None:
+    """Merged views leave up to 1000 detections of an image; the best 100 of a class take part, as for everyone."""
+    wrong = [([300.0 + row, 300.0, 20.0, 20.0], 1 - row / 2000) for row in range(999)]
+    for place, expected in ((99, 1 / 100), (100, 0.0)):  # the right one as the 100th: precision 1/100 at recall 1
+        rows = [*wrong[:place], (BOX, wrong[place][1] + 1e-4), *wrong[place:]]
+        metrics = coco_metrics(truth_of([BOX]), found_of(*rows), backend)
+        assert metrics["AP"] == pytest.approx(expected)
+        assert metrics["AR100"] == (expected > 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_crowd_is_ignored(backend: Backend) -> None:
     crowd = [300.0, 100.0, 200.0, 200.0]
     inside = [350.0, 150.0, 20.0, 20.0]  # IoU with a crowd is measured over the detection's own area: 1
