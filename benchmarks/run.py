@@ -210,6 +210,7 @@ def one_run(detector: Detector, seed: int, out: Path) -> dict[str, Any]:
         UserError: if a command fails; it has printed why.
     """
     shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     start = time.perf_counter()
     for command in detector.commands:
         words = [fill(word, seed, out) for word in command.split()]
