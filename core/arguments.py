@@ -23,7 +23,7 @@ def evaluate_parser(method: str) -> OneLineParser:
     parser.add_argument("--workers", type=int, help="loader processes")
     parser.add_argument("--batch-size", type=int, help="images of a forward over all processes")
     parser.add_argument("--tta", action="store_true", help="test-time augmentation: 26 views of each image, merged")
-    _add_hardware(parser)
+    add_hardware(parser)
     return parser
 
 
@@ -37,11 +37,12 @@ def predict_parser(method: str) -> OneLineParser:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or shapes")
     parser.add_argument("--out", type=Path, help="folder of the pictures; default: WEIGHTS' folder + /predictions")
     parser.add_argument("--score", type=float, default=0.3, help="lowest score that is drawn and written; default: 0.3")
-    _add_hardware(parser)
+    add_hardware(parser)
     return parser
 
 
-def _add_hardware(parser: OneLineParser) -> None:
+def add_hardware(parser: OneLineParser) -> None:
+    """Where and how the network runs."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the network")
     parser.add_argument("--deterministic", action="store_true", help="one image per forward, deterministic kernels")

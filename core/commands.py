@@ -95,6 +95,7 @@ def evaluate(
             for category in table.categories
         ]
         facts = {"weights": str(arguments.weights), "data": data.name, "split": arguments.split, "tta": arguments.tta}
+        facts |= {"images": len(table), "changes": dict(changes or {})}
         write_json(out / "metrics.json", {**result.metrics, "per_class": per_class, **facts})
         print(f"{len(found.scores)} detections on {len(table)} images of {data.name} {arguments.split}")
         for name, value in result.metrics.items():

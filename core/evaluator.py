@@ -360,8 +360,13 @@ def read_detections(path: Path) -> DetectionArrays:
 
 def write_detections(path: Path, detections: DetectionArrays) -> None:
     """A COCO results file that `read_detections` reads back to the same float64 values."""
+    path.write_bytes(encode_detections(detections))
+
+
+def encode_detections(detections: DetectionArrays) -> bytes:
+    """The JSON of `write_detections`."""
     columns = [column.tolist() for column in detections]
-    path.write_bytes(msgspec.json.encode([_Detection(*row) for row in zip(*columns, strict=True)]))
+    return msgspec.json.encode([_Detection(*row) for row in zip(*columns, strict=True)])
 
 
 def _decode(path: Path, kind: Any, what: str) -> Any:

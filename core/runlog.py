@@ -227,6 +227,36 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     scores.sharex(losses)
     rate.sharex(losses)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    _save_figure(figure, path)
+
+
+def draw_term(rows: Sequence[Mapping[str, Any]], name: str, path: Path, title: str) -> None:
+    """One logged number of training, such as the positives of an image, over the steps.
+
+    Args:
+        rows: of the log; those without a number leave a gap.
+        name: key of the number.
+        path: the picture, replaced as a whole.
+        title: above it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [row["step"] for row in rows]
+    values = [row[name] if row.get(name) is not None else math.nan for row in rows]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, values, color=COLOURS[0], alpha=0.3, linewidth=0.9)
+    axes.plot(steps, _smooth(values), color=COLOURS[0], linewidth=2)
+    _style(axes, title)
+    axes.set_xlabel("step")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    _save_figure(figure, path)
+
+
+def _save_figure(figure: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.part")
     figure.savefig(temporary, dpi=140, format="png")
     os.replace(temporary, path)

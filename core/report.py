@@ -1,0 +1,399 @@
+"""`python -m <method>.report`: published numbers beside those of run folders (imports no torch).
+
+Published numbers are a method's `results.yaml`. A measured number stands in a row only if its run's configuration is
+that row's, field by field; every other run is listed below the tables with what makes it another one.
+"""
+
+import dataclasses
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from core.cli import OneLineParser
+from core.config import TrainConfig
+from core.configfile import config_from_values, describe_fields, read_mapping
+from core.errors import UserError
+from core.published import METRICS, SPLITS, Published, PublishedTable, Row, row_config
+
+NOT_MEASURED, SERVER_CLOSED = "not measured", "server closed"
+CLOSED_NOTE = "The COCO test-dev server takes no submissions any more (cocoapi issue 691): nothing can be measured."
+NO_CELL = "-"
+FREE_SECTIONS = ("run", "hardware")  # of the configuration: what may differ between two runs of a row ...
+BINDING = ("precision",)  # ... except these
+SHOWN_DIFFERENCES = 6  # of a run; the others are counted
+IOU_ACCURACY = "iou-accuracy-{split}.json"  # what --iou-accuracy writes beside the weights
+
+
+# Measured numbers
+
+
+class Measurement(NamedTuple):
+    """Numbers of one model on one split."""
+
+    run: Path  # the run folder
+    config: TrainConfig  # as trained, with what the evaluation changed
+    data: str  # short name of the data
+    images: int | None  # of the split, where known
+    split: str
+    tta: bool
+    values: Mapping[str, float]  # keys of METRICS
+    commit: str
+    device: str
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders inside a folder, sorted; none where it does not exist."""
+    return sorted(path.parent for path in folder.glob("*/config.yaml"))
+
+
+def read_runs(folders: Iterable[Path], method: str, config_type: type[TrainConfig]) -> list[Measurement]:
+    """All measurements of run folders. UserError for the first folder that is none or is damaged."""
+    return [measurement for folder in folders for measurement in read_run(folder, method, config_type)]
+
+
+def read_run(folder: Path, method: str, config_type: type[TrainConfig]) -> list[Measurement]:
+    """What was measured of a run: at its end, by `evaluate` and by `--iou-accuracy`.
+
+    The numbers of its end are those of the last step, as the papers report them, not of the best one. They are left out
+    where `evaluate` measured the same. A folder of converted weights is one too, if `evaluate` has been there.
+
+    Raises:
+        UserError: neither a config.yaml nor an evaluation, or a file that cannot be read.
+    """
+    evaluations = sorted(folder.glob("evaluate-*/metrics.json"))
+    contents = [_read_json(path) for path in evaluations]
+    config = _run_config(folder, contents, method, config_type)
+    environment = _read_json(folder / "environment.json") if (folder / "environment.json").exists() else {}
+    facts = {"commit": str(environment.get("commit", ""))[:10], "device": str(environment.get("device", ""))}
+    name = str(environment.get("data", Path(config.data).name))
+    found: list[Measurement] = []
+    for path, content in zip(evaluations, contents, strict=True):
+        values = {**dataclasses.asdict(config), **content.get("changes", {})}
+        changed = config_from_values(values, config_type, str(path))
+        one = _measurement(folder, changed, name, content, facts)
+        if not any(_same_question(one, other) for other in found):
+            found.append(one)
+    for split in SPLITS:
+        path = folder / IOU_ACCURACY.format(split=split)
+        if path.exists():
+            content = _read_json(path)
+            error = content.get("positives", {}).get("mean_absolute_error")
+            found.append(_measurement(folder, config, name, {**content, "iou_error": error}, facts))
+    if (folder / "metrics.json").exists():
+        own = _measurement(folder, config, name, _read_json(folder / "metrics.json").get("last", {}), facts)
+        if not any("AP" in other.values and _same_question(own, other) for other in found):
+            found.insert(0, own)
+    return [measurement for measurement in found if measurement.values]
+
+
+def _run_config(
+    folder: Path, evaluations: Sequence[Mapping[str, Any]], method: str, config_type: type[TrainConfig]
+) -> TrainConfig:
+    path = folder / "config.yaml"
+    if path.exists():
+        return config_from_values(read_mapping(path), config_type, str(path))
+    weights = next((Path(str(content["weights"])) for content in evaluations if "weights" in content), None)
+    if weights is None:
+        kind = "no such folder" if not folder.is_dir() else "no run folder, it has neither config.yaml nor evaluate-*/"
+        raise UserError(f"{folder}: {kind}")
+    from core import checkpoint
+
+    return config_from_values(checkpoint.load(weights, method=method)["config"], config_type, str(weights))
+
+
+def _measurement(
+    folder: Path, config: TrainConfig, name: str, content: Mapping[str, Any], facts: Mapping[str, str]
+) -> Measurement:
+    """From a file's content; numbers that are missing, null or -1 (nothing to find) are left out."""
+    values = {metric: content[metric] for metric in METRICS if isinstance(content.get(metric), float | int)}
+    return Measurement(
+        run=folder,
+        config=config,
+        data=str(content.get("data", name)),
+        images=content.get("images"),
+        split=str(content.get("split", "val")),
+        tta=bool(content.get("tta", False)),
+        values={metric: float(value) for metric, value in values.items() if value >= 0},
+        **facts,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold an object with fields, got a {type(content).__name__}")
+    return content
+
+
+def _same_question(a: Measurement, b: Measurement) -> bool:
+    return (a.data, a.split, a.tta, a.config) == (b.data, b.split, b.tta, b.config)
+
+
+def differences(measured: Measurement, wanted: TrainConfig, images: Mapping[str, int]) -> list[str]:
+    """What makes a run another one than `wanted`, such as `steps 240 instead of 135000`; empty if nothing does.
+
+    Seeds, hardware, logging and paths may differ; precision may not. Of the data its short name counts (`coco`, also
+    `coco2017` or `mscoco`) and, where it is known, the number of images.
+
+    Args:
+        measured: the run.
+        wanted: the configuration it is compared with.
+        images: number of images of the papers' splits.
+    """
+    found = []
+    for field in describe_fields(type(wanted)):
+        mine, theirs = getattr(measured.config, field.name), getattr(wanted, field.name)
+        free = field.section in FREE_SECTIONS and field.name not in BINDING
+        if field.name != "data" and not free and mine != theirs:
+            found.append(f"{field.name} {_shown(mine)} instead of {_shown(theirs)}")
+    data = Path(wanted.data).name
+    if _data_key(measured.data) != _data_key(data):
+        found.insert(0, f"data {measured.data} instead of {data}")
+    elif _data_key(data) == "coco" and measured.images not in (None, images.get(measured.split)):
+        found.insert(0, f"{measured.images} images instead of {images.get(measured.split, 'a known number')}")
+    return found
+
+
+def _data_key(name: str) -> str:
+    key = re.sub(r"[-_ ]?2017$", "", name.lower())
+    return "coco" if key == "mscoco" else key
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, tuple):
+        return " ".join(_shown(part) for part in value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:.4g}" if isinstance(value, float) else str(value) or "none"
+
+
+def measurements_of(
+    row: Row,
+    table: PublishedTable,
+    measured: Sequence[Measurement],
+    presets: Mapping[str, TrainConfig],
+    images: Mapping[str, int],
+) -> list[Measurement]:
+    """The measurements that answer a row: same configuration, data, split and way of testing."""
+    if not row.preset:
+        return []
+    wanted = row_config(row, presets)
+    return [
+        one
+        for one in measured
+        if one.split == table.split
+        and one.tta == row.tta
+        and set(one.values) & set(table.metrics)
+        and not differences(one, wanted, images)
+    ]
+
+
+# Tables
+
+
+def report(published: Published, measured: Sequence[Measurement], presets: Mapping[str, TrainConfig]) -> str:
+    """All published tables with measured numbers beside them, then the runs that are no row, in Markdown."""
+    parts = [
+        f"# {published.title}",
+        "Published AP in points; " + "measured AP likewise, of runs of exactly that preset.",
+    ]
+    used: list[Measurement] = []
+    for table in published.tables:
+        answers = [measurements_of(row, table, measured, presets, published.images) for row in table.rows]
+        used += [one for some in answers for one in some]
+        parts += [f"## {table.title}", published_table(table, answers)]
+        notes = [table.note.strip(), *(f"{row.label}: {row.note}" for row in table.rows if row.note)]
+        notes += [CLOSED_NOTE] if table.split == "test-dev" else []
+        parts += ["\n".join(f"- {note}" for note in notes if note)] if any(notes) else []
+    others = [one for one in measured if one not in used]
+    if others:
+        parts += [
+            "## Runs that differ from their preset, or are no row of a table",
+            others_table(others, presets, published),
+        ]
+    if measured:
+        parts += ["## Where the measured numbers come from", origins_table(measured)]
+    parts += ["## Sources", "\n".join(f"- [{letter}] {meaning}" for letter, meaning in published.sources.items())]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def published_table(table: PublishedTable, answers: Sequence[Sequence[Measurement]]) -> str:
+    """One table; `answers` are the measurements of each row."""
+    header = ["row", "preset", *(METRICS[metric][0] for metric in table.metrics), "source", "measured"]
+    rows = [
+        [
+            row.label,
+            _preset_cell(row),
+            *(row.values[metric].text for metric in table.metrics),
+            _source_cell(row, table.metrics),
+            _measured_cell(row, table, found),
+        ]
+        for row, found in zip(table.rows, answers, strict=True)
+    ]
+    return markdown(header, rows, right=range(2, 2 + len(table.metrics)))
+
+
+def _preset_cell(row: Row) -> str:
+    if not row.preset:
+        return NO_CELL
+    flags = [_flag(name.replace("_", "-"), value) for name, value in row.changes.items()]
+    return f"`{' '.join([row.preset, *flags, *(['--tta'] if row.tta else [])])}`"
+
+
+def _flag(name: str, value: Any) -> str:
+    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}"
+
+
+def _source_cell(row: Row, metrics: Sequence[str]) -> str:
+    """The letters of a row's sources; where its numbers have different ones, which are whose."""
+    by_sources: dict[str, list[str]] = {}
+    for metric in metrics:
+        letters = " ".join(f"[{letter}]" for letter in row.values[metric].sources)
+        if letters:
+            by_sources.setdefault(letters, []).append(METRICS[metric][0])
+    if len(by_sources) == 1:
+        return next(iter(by_sources))
+    return ", ".join(f"{names[0]}{f' to {names[-1]}' if len(names) > 1 else ''} {s}" for s, names in by_sources.items())
+
+
+def _measured_cell(row: Row, table: PublishedTable, found: Sequence[Measurement]) -> str:
+    if not row.preset:
+        return NO_CELL
+    if table.split == "test-dev":
+        return SERVER_CLOSED
+    if not found:
+        return NOT_MEASURED
+    runs = f" ({len(found)} runs)" if len(found) > 1 else ""
+    parts = []
+    for metric in table.metrics:
+        values = [one.values[metric] for one in found if metric in one.values]
+        if values:
+            parts.append(f"{METRICS[metric][0]} {summary(values, metric)}")
+    return ", ".join(parts) + runs
+
+
+def summary(values: Sequence[float], metric: str) -> str:
+    """`41.0`, or `41.0 ± 0.2` over several runs: mean and sample standard deviation, AP in points."""
+    factor = METRICS[metric][1]
+    digits = 1 if factor == 100 else 3
+    mean = f"{factor * statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def others_table(others: Sequence[Measurement], presets: Mapping[str, TrainConfig], published: Published) -> str:
+    """Runs that answer no row, with what makes them different from the preset they began as."""
+    header = ["run", "preset", "data", "AP", "AP50", "AP75", "IoU error", "differs"]
+    rows = []
+    for one in others:
+        cells = [
+            summary([one.values[m]], m) if m in one.values else NO_CELL for m in ("AP", "AP50", "AP75", "iou_error")
+        ]
+        data = f"{one.data} {one.split}{', multi-scale test' if one.tta else ''}"
+        rows.append([f"`{one.run}`", f"`{one.config.preset}`", data, *cells, _why(one, presets, published)])
+    return markdown(header, rows, right=range(3, 7))
+
+
+def _why(one: Measurement, presets: Mapping[str, TrainConfig], published: Published) -> str:
+    if one.config.preset not in presets:
+        return "began as no known preset"
+    found = differences(one, presets[one.config.preset], published.images)
+    if not found:
+        return "nothing; no row of a table"
+    more = len(found) - SHOWN_DIFFERENCES
+    return ", ".join(found[:SHOWN_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
+
+
+def origins_table(measured: Sequence[Measurement]) -> str:
+    """Commit and device of each run."""
+    origins = dict.fromkeys((one.run, one.config.seed, one.commit, one.device) for one in measured)
+    rows = [[f"`{run}`", str(seed), commit or "unknown", device or "unknown"] for run, seed, commit, device in origins]
+    return markdown(["run", "seed", "commit", "device"], rows)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """A Markdown table whose columns are aligned in plain text too; `right` are the columns aligned right."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
+    rule = ["-" * (width - 1) + ":" if column in right else "-" * width for column, width in enumerate(widths)]
+    lines = [
+        [cell.rjust(width) if column in right else cell.ljust(width) for column, (cell, width) in enumerate(parts)]
+        for parts in (zip(row, widths, strict=True) for row in cells)
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+
+
+# Command
+
+
+def report_parser(method: str) -> OneLineParser:
+    """`python -m <method>.report [RUN_DIR...]`, and what prepares a submission to COCO's test server."""
+    parser = OneLineParser(
+        prog=f"python -m {method}.report",
+        description="Published numbers beside the measured ones of run folders, as Markdown tables.",
+    )
+    parser.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN_DIR", help=f"run folders; default: all in runs/{method}"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="also write the tables into this Markdown file; of --submission: the zip"
+    )
+    group = parser.add_argument_group("submission to COCO test-dev")
+    group.add_argument("--submission", type=Path, metavar="DETECTIONS.json", help="check it and make the zip")
+    group.add_argument("--image-info", type=Path, metavar="FILE", help="annotations/image_info_test-dev2017.json")
+    group.add_argument("--name", help="of the method, part of the file's name")
+    group.add_argument(
+        "--trim", action="store_true", help="keep the 100 best detections of each image, drop the others"
+    )
+    return parser
+
+
+def print_report(
+    folders: Sequence[Path], out: Path | None, method: str, published: Published, presets: Mapping[str, TrainConfig]
+) -> None:
+    """Print the tables, write them into `out` if given, and draw each run's number of positives where it was logged.
+
+    Without folders all of runs/<method> are read; a damaged one among these costs a warning line, a named one ends the
+    command with UserError.
+    """
+    config_type = type(next(iter(presets.values())))
+    if folders:
+        measured = read_runs(folders, method, config_type)
+    else:
+        measured = list(_readable(find_runs(Path("runs", method)), method, config_type))
+    text = report(published, measured, presets)
+    print(text, end="")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+        print(f"\nwritten to {out}")
+    for folder in folders:
+        _draw_positives(folder)
+
+
+def _readable(folders: Iterable[Path], method: str, config_type: type[TrainConfig]) -> Iterator[Measurement]:
+    for folder in folders:
+        try:
+            yield from read_run(folder, method, config_type)
+        except UserError as error:
+            print(f"warning: left out: {error}", file=sys.stderr)
+
+
+def _draw_positives(folder: Path) -> None:
+    """`positives.png` of a run whose log has the term."""
+    if not (folder / "log.jsonl").exists():
+        return
+    from core.runlog import LOG, draw_term, read_log
+
+    rows = [row for row in read_log(folder / LOG) if row.get("split") == "train" and row.get("positives") is not None]
+    if rows:
+        draw_term(rows, "positives", folder / "positives.png", f"{folder}: positive anchors of an image")
+        print(f"drawn: {folder / 'positives.png'}")
