@@ -12,7 +12,7 @@ from core.anchors import anchor_grid, anchors_inside, level_shapes
 from core.boxes import box_iou
 from core.geometry import LEGACY, MODERN, Geometry
 from core.losses import giou_loss
-from core.types import BACKGROUND, IGNORED, Targets
+from core.types import BACKGROUND, IGNORED, Assignment, Targets
 from paa.assigner import Candidates, assign_hard_iou, explain_assignment, fixed_separation
 from paa.config import PRESETS, Config
 from paa.losses import assign, assigned_losses, compute_losses, normalisers
@@ -190,6 +190,32 @@ def test_mmdet_atss_counts_an_empty_image_as_one() -> None:
     assert [float(x) for x in normalisers(assignment, weights, config)] == [positives + 1, 1.0]
     ours = replace(config, profile="ours")
     assert float(normalisers(assignment, weights, ours)[0]) == positives
+
+
+def test_without_the_branch_both_divisors_are_the_number_of_positives() -> None:
+    # also where there is none: 1, not the floor of a sum of weights
+    targets, outputs = random_targets(5, [0, 0]), random_outputs(6, 2)
+    for profile in ("ours", "official"):
+        config = Config(profile=profile, quality="none")  # type: ignore[arg-type]
+        assignment = assign(outputs, targets, config)
+        weights = torch.zeros(outputs.logits.shape[:2])
+        assert [float(x) for x in normalisers(assignment, weights, config)] == [1.0, 1.0]
+
+
+def test_mmdet_divides_only_the_class_loss_by_the_images() -> None:
+    # One positive in two images: classes are divided by 2, the IoU loss by 1, so it is .5 * ln 2 at logit 0.
+    targets, outputs = random_targets(5, [1, 0]), random_outputs(6, 2)
+    assert outputs.quality_logits is not None
+    outputs = outputs._replace(quality_logits=torch.zeros_like(outputs.quality_logits))
+    index = torch.full(outputs.logits.shape[:2], BACKGROUND)
+    index[0, 7] = 0
+    labels = torch.where(index >= 0, targets.labels[:, :1], BACKGROUND)
+    found = {
+        profile: assigned_losses(outputs, targets, Assignment(index, labels), Config(profile=profile))  # type: ignore[arg-type]
+        for profile in ("ours", "mmdet")
+    }
+    assert float(found["mmdet"]["loss_iou"]) == pytest.approx(0.5 * math.log(2), rel=1e-5)
+    assert float(found["mmdet"]["loss_cls"]) == pytest.approx(float(found["ours"]["loss_cls"]) / 2, rel=1e-5)
 
 
 def test_rules_follow_the_assigner() -> None:
