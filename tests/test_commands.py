@@ -12,7 +12,7 @@ pytestmark = pytest.mark.consistency
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted({path.parent.name for path in ROOT.glob("*/config.py")} - {"core"})
-COMMANDS = ("train", "evaluate", "predict")
+COMMANDS = ("train", "evaluate", "predict", "visualize")
 HEAVY = (  # runs a module as `python -m` does, then tells which heavy packages it has loaded
     "import runpy, sys\n"
     "name, *sys.argv[1:] = sys.argv[1:]\n"
@@ -41,11 +41,13 @@ def test_help_answers_without_torch(method: str, command: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_dry_run_prints_the_configuration_without_torch(method: str) -> None:
+def test_dry_run_prints_the_recipe_and_the_size_of_the_model(method: str) -> None:
     result = answer(f"{method}.train", "--preset", "quick", "--seed", "3", "--dry-run")
     assert result.returncode == 0, result.stderr
     assert re.search(r"^seed: 3\b", result.stdout, flags=re.MULTILINE)
-    assert result.stdout.splitlines()[-1] == "loaded:"
+    assert re.search(r"^# model [\d,]+ parameters .* [\d.]+ GFLOPs", result.stdout, flags=re.MULTILINE)
+    mistake = answer(f"{method}.train", "--preset", "quik", "--dry-run")
+    assert (mistake.returncode, mistake.stdout) == (2, "loaded:\n")
 
 
 @pytest.mark.parametrize("method", METHODS)
