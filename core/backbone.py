@@ -10,6 +10,7 @@ Two treatments, by `config.switches.caffe2_backbone` (spec PAA sections 0, 1 and
 Without weights a backbone learns with ordinary batch norm instead (`config.norm`); its statistics are each rank's own.
 """
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from core.config import TrainConfig
 from core.errors import UserError
+from core.foreign import read_caffe2
 from core.layers import FrozenBatchNorm, deformable
+from core.layouts import DETECTRON_BIAS, DETECTRON_DROPPED, DETECTRON_RULES, rename
 
 
 class Architecture(NamedTuple):
@@ -153,7 +156,7 @@ def load_backbone_weights(backbone: ResNetBackbone, source: str, config: TrainCo
         backbone: made by `build_backbone(config)`; unchanged when an error is raised.
         source: `cached` (torchvision's, already in torch's cache folder), `imagenet` (the same, downloaded if it is not
             there), `none`, or a file of torchvision's layout (.pth or .safetensors; half precision is converted).
-            Profile `official` wants a file with Caffe2's weights.
+            Profile `official` wants a file with Caffe2's weights: one of Detectron's pickles (.pkl), or such a file.
         config: names the backbone and the profile.
 
     Raises:
@@ -161,8 +164,12 @@ def load_backbone_weights(backbone: ResNetBackbone, source: str, config: TrainCo
     """
     if source == "none":
         return
-    named = source in ("cached", "imagenet")
-    state = imagenet_weights(config, download=source == "imagenet") if named else read_weights(Path(source))
+    if source in ("cached", "imagenet"):
+        state = imagenet_weights(config, download=source == "imagenet")
+    elif source.endswith(".pkl"):
+        state = detectron_weights(Path(source), config)
+    else:
+        state = read_weights(Path(source))
     prefix = f"backbone_weights {source} for {config.backbone}"
     state = {key: value for key, value in state.items() if not key.startswith("fc.") and not _is_counter(key)}
     wanted = {key: value for key, value in backbone.state_dict().items() if not _is_counter(key)}
@@ -221,6 +228,30 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"backbone_weights {path}: expected a dictionary of tensors by torchvision's names")
+    return state
+
+
+def detectron_weights(path: Path, config: TrainConfig) -> dict[str, Tensor]:
+    """One of Detectron's ImageNet pickles by torchvision's names (spec PAA section 10).
+
+    Batch norm's statistics are merged into its scale and bias there, so the mean is 0 and the variance 1. Biases of
+    convolutions in front of batch norm, the classifier and the optimiser's blobs are left out.
+
+    Raises:
+        UserError: no such file, damaged, with unknown blobs or a bias that is not 0; a profile that is not `official`.
+    """
+    if not config.switches.caffe2_backbone:
+        raise UserError(f"backbone_weights {path}: Detectron's weights need --profile official, got {config.profile}")
+    state: dict[str, Tensor] = {}
+    for blob, tensor in read_caffe2(path).items():
+        name = rename(blob, DETECTRON_RULES)
+        if name is not None:
+            state[name] = tensor
+        elif not re.fullmatch(DETECTRON_DROPPED, blob) and (not re.fullmatch(DETECTRON_BIAS, blob) or tensor.any()):
+            raise UserError(f"backbone_weights {path}: unknown blob {blob[:80]}")
+    for name in [name for name in state if name.endswith(".bias")]:
+        state[name.replace(".bias", ".running_mean")] = torch.zeros_like(state[name])
+        state[name.replace(".bias", ".running_var")] = torch.ones_like(state[name])
     return state
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core import released
 from core.errors import UserError
+from core.files import replace_file
 
 FORMAT = 1  # raised when older code could not read newer files
 MARK = b"\nanchorage sha256 "
@@ -37,7 +39,7 @@ def save(path: str | Path, content: Mapping[str, Any]) -> None:
         UserError: when the disk is full or the folder cannot be written; the old file stays as it was.
     """
     path = Path(path)
-    _replace(path, _to_bytes(content))
+    replace_file(path, _to_bytes(content))
 
 
 def save_rotating(folder: str | Path, content: Mapping[str, Any]) -> None:
@@ -46,26 +48,21 @@ def save_rotating(folder: str | Path, content: Mapping[str, Any]) -> None:
     A damaged `last.pt` does not replace a whole `previous.pt`. Raises as `save`.
     """
     last, previous = Path(folder, LAST), Path(folder, PREVIOUS)
-    _replace(last, _to_bytes(content), keep_as=previous if is_whole(last) else None)
+    replace_file(last, _to_bytes(content), keep_as=previous if is_whole(last) else None)
 
 
 def load(path: str | Path, *, method: str | None = None) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
+    """Read a checkpoint or a released model onto the CPU.
 
     Args:
-        path: file written by `save`.
+        path: file written by `save`, or a .safetensors file written by `core.released.save`.
         method: package whose checkpoint it must be; None accepts any.
 
     Raises:
         CorruptCheckpoint: when its checksum does not fit.
         UserError: when it is missing, not ours, a pickle that would run code, too new, or another method's.
     """
-    data = _read(Path(path))
-    if data[-TRAILER_BYTES:-32] != MARK:
-        raise _explain_foreign(path, data)
-    if hashlib.sha256(data[:-TRAILER_BYTES]).digest() != data[-32:]:
-        raise CorruptCheckpoint(f"{path}: checkpoint is damaged, its checksum does not fit")
-    content = _unpickle(path, data)
+    content = released.load(path) if Path(path).suffix == released.SUFFIX else _load_pt(path)
     version = content.pop("format", None) if isinstance(content, dict) else None
     if not isinstance(version, int):
         raise UserError(f"{path}: not a checkpoint of this project")
@@ -74,6 +71,15 @@ def load(path: str | Path, *, method: str | None = None) -> dict[str, Any]:
     if method is not None and content.get("method") != method:
         raise UserError(f"{path}: checkpoint of method {content.get('method')!r}, this command needs {method!r}")
     return content
+
+
+def _load_pt(path: str | Path) -> Any:
+    data = _read(Path(path))
+    if data[-TRAILER_BYTES:-32] != MARK:
+        raise _explain_foreign(path, data)
+    if hashlib.sha256(data[:-TRAILER_BYTES]).digest() != data[-32:]:
+        raise CorruptCheckpoint(f"{path}: checkpoint is damaged, its checksum does not fit")
+    return _unpickle(path, data)
 
 
 def load_latest(folder: str | Path, *, method: str | None = None) -> dict[str, Any] | None:
@@ -118,6 +124,18 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path)
     model.load_state_dict(state)
 
 
+def is_ours(path: str | Path) -> bool:
+    """Whether a file is a checkpoint or a released model of this project by its name or its last bytes; no more."""
+    if Path(path).suffix == released.SUFFIX:
+        return True
+    try:
+        with Path(path).open("rb") as file:
+            file.seek(-TRAILER_BYTES, os.SEEK_END)
+            return file.read(len(MARK)) == MARK
+    except OSError:  # missing, or too short
+        return False
+
+
 def is_whole(path: str | Path) -> bool:
     """Whether a file exists and its checksum fits."""
     try:
@@ -149,33 +167,6 @@ def check_plain(value: object, where: str) -> None:
             check_plain(part, f"{where}[{key!r}]")
     else:
         raise ValueError(f"{where} is a {type(value).__name__}; checkpoints hold tensors and plain values only")
-
-
-def _replace(path: Path, data: bytes, keep_as: Path | None = None) -> None:
-    """Write a temporary file beside `path`, force it to the disk, then rename it; `keep_as` takes the old file."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_as is not None:
-            os.replace(path, keep_as)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be saved: {error.strerror}; what was there before is unharmed") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path) -> bytes:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from core.config import TrainConfig
+from core.layouts import from_mmdet
 from tests.conftest import GOLDEN
 from tests.core.detector import Detector, count, meta_detector
-from tests.core.renaming import from_mmdet
 
 QUALITY = {"paa": "iou_pred", "atss": "centerness"}
 RULE = runpy.run_path(str(GOLDEN / "weight_rule.py"))
@@ -35,7 +35,7 @@ def test_parameter_counts(golden: dict[str, Any], profile: Any) -> None:
         assert count(part) == golden[f"num_parameters_{name}"]
 
 
-def activations(model: Detector, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
+def activations(model: Any, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
     """All maps under MMDetection's names."""
     features = model.backbone(pixels)
     pyramid = model.fpn(features)
@@ -61,6 +61,11 @@ def test_names_and_activations(golden: dict[str, Any]) -> None:
             state[name] = torch.as_tensor(RULE["value_for"](key, shape, golden["seed"]), dtype=torch.float32)
     model.load_state_dict(state, assign=True)  # strict: every name of theirs and ours is used
     model.train()  # batch norm must not notice
+    check_activations(golden, model)
+
+
+def check_activations(golden: dict[str, Any], model: Any) -> None:
+    """Compare every stored summary with a model's maps of the stored input."""
     stored = golden["activations"]
     seen = {"C2"}  # the one map that is no output of the backbone
     for name, maps in activations(model, torch.from_numpy(RULE["image"](golden["seed"]))):

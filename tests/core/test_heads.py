@@ -9,9 +9,9 @@ from torch import Tensor
 
 from core.heads import ParallelHead, rows
 from core.layers import DeformConv
+from core.layouts import from_mmdet, from_official
 from tests.conftest import golden_arrays
 from tests.core.detector import count
-from tests.core.renaming import from_mmdet, from_official_head
 
 
 def check_outputs(head: ParallelHead, arrays: dict[str, np.ndarray], case: str, quality: str) -> None:
@@ -50,7 +50,7 @@ def test_golden_official(shared: Path, method: str, quality: str) -> None:
         arrays = {key: archive[key] for key in archive.files}
     head = ParallelHead(64, 80, tower_bias=True)
     state = {
-        from_official_head(key.removeprefix("param/")): torch.from_numpy(value)
+        str(from_official(key.replace("param/", "rpn.head."))).removeprefix("head."): torch.from_numpy(value)
         for key, value in arrays.items()
         if key.startswith("param/")
     }

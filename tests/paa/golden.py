@@ -10,11 +10,11 @@ from torch import Tensor
 
 from core.anchors import anchor_grid, level_shapes
 from core.heads import ParallelHead
+from core.layouts import from_mmdet, from_official
 from core.types import Detections, Targets
 from paa.config import PRESETS, Config
 from paa.losses import compute_losses
 from paa.model import Outputs
-from tests.core.renaming import from_mmdet, from_official_head
 
 Arrays = dict[str, np.ndarray]
 CANVAS = (128, 160)
@@ -115,7 +115,7 @@ def official_arrays(shared: Path, name: str = "paa.npz") -> Arrays:
 def official_names(arrays: Arrays) -> dict[str, str]:
     """Our name of every stored weight of the authors' head."""
     keys = [key.removeprefix("param/") for key in arrays if key.startswith("param/")]
-    return {key: from_official_head(key) for key in keys}
+    return {key: str(from_official(f"rpn.head.{key}")).removeprefix("head.") for key in keys}
 
 
 def official_head(arrays: Arrays) -> ParallelHead:

@@ -1,0 +1,37 @@
+"""Files that are whole at every moment (imports no torch)."""
+
+import os
+from pathlib import Path
+
+from core.errors import UserError
+
+
+def replace_file(path: Path, data: bytes, keep_as: Path | None = None) -> None:
+    """Write a temporary file beside `path`, force it to the disk, then rename it; `keep_as` takes the old file.
+
+    Raises:
+        UserError: when the disk is full or the folder cannot be written; the old file stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as is not None:
+            os.replace(path, keep_as)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be saved: {error.strerror}; what was there before is unharmed") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
