@@ -100,8 +100,8 @@ def test_hard_iou_ignores_padding_and_uncentred_matches() -> None:
 
 
 def test_fixed_separation_by_hand() -> None:
-    # exp(-1) = .368, exp(-2) = .135, exp(-2.4) = .091; the second candidate of equal ones comes later
-    losses = torch.tensor([[[1.0, 2.0, 2.4, 1.0, torch.inf]], [[torch.inf] * 5]])
+    # exp(-1) = .368, exp(-2.2) = .111, exp(-2.4) = .091; the second candidate of equal ones comes later
+    losses = torch.tensor([[[1.0, 2.2, 2.4, 1.0, torch.inf]], [[torch.inf] * 5]])
     candidates = Candidates(torch.zeros(2, 1, 5, dtype=torch.int64), losses, losses.isfinite())
     two = fixed_separation(candidates, 2, 0.0)
     assert two.positive.tolist() == [[[True, False, False, True, False]], [[False] * 5]]
@@ -214,6 +214,7 @@ def test_mmdet_divides_only_the_class_loss_by_the_images() -> None:
         profile: assigned_losses(outputs, targets, Assignment(index, labels), Config(profile=profile))  # type: ignore[arg-type]
         for profile in ("ours", "mmdet")
     }
+    assert float(found["ours"]["positives"]) == 0.5
     assert float(found["mmdet"]["loss_iou"]) == pytest.approx(0.5 * math.log(2), rel=1e-5)
     assert float(found["mmdet"]["loss_cls"]) == pytest.approx(float(found["ours"]["loss_cls"]) / 2, rel=1e-5)
 
