@@ -1,4 +1,4 @@
-"""The command lines of `evaluate` and `predict`, the same for every method (imports no torch)."""
+"""The command lines of `evaluate`, `predict` and `visualize`, the same for every method (imports no torch)."""
 
 from pathlib import Path
 
@@ -37,6 +37,27 @@ def predict_parser(method: str) -> OneLineParser:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or shapes")
     parser.add_argument("--out", type=Path, help="folder of the pictures; default: WEIGHTS' folder + /predictions")
     parser.add_argument("--score", type=float, default=0.3, help="lowest score that is drawn and written; default: 0.3")
+    add_hardware(parser)
+    return parser
+
+
+def visualize_parser(method: str) -> OneLineParser:
+    """`python -m <method>.visualize WEIGHTS IMAGE... [--data D] [--split val]`."""
+    parser = OneLineParser(
+        prog=f"python -m {method}.visualize",
+        description="Draws which anchors become positive and negative for each object of an image, and why.",
+    )
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="checkpoint, such as runs/.../best.pt")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="file names or ids of the data's images, or shapes for drawn ones"
+    )
+    parser.add_argument("--data", help="COCO folder, dataset YAML or shapes; default: what the model was trained on")
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), default="val", help="the images' split; default: val"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the pictures; default: WEIGHTS' folder + /visualize-<split>"
+    )
     add_hardware(parser)
     return parser
 

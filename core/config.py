@@ -69,6 +69,7 @@ class TrainConfig:
     eval_every: int = 0  # steps between evaluations on val; 0: only at the end
     save_every: int = 1000  # steps between checkpoints
     log_every: int = 20  # steps between log lines
+    picture_every: int = 0  # steps between pictures of what the method assigns; 0: none
     tensorboard: bool = False  # also write TensorBoard events into the run folder (pip install "anchorage[loggers]")
     # hardware
     device: str = "auto"  # cuda if there is one, else cpu
@@ -84,7 +85,9 @@ class TrainConfig:
             1, "batch_size", "short_side", "long_side", "channels", "save_every", "log_every", "dcn_groups"
         )
         self._check_least(1, "paper_batch_size")
-        self._check_least(0, "workers", "eval_every", "warmup_steps", "warmup_factor", "lr_decay", "momentum")
+        self._check_least(
+            0, "workers", "eval_every", "picture_every", "warmup_steps", "warmup_factor", "lr_decay", "momentum"
+        )
         self._check_least(0, "weight_decay", "bias_lr_factor", "bias_weight_decay", "clip_grad_norm", "paper_lr")
         if self.lr is not None:
             self._check_least(0, "lr")

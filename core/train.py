@@ -42,6 +42,7 @@ FREE_FIELDS = (
     "device",
     "log_every",
     "save_every",
+    "picture_every",
     "tensorboard",
     "preset",
 )  # may differ on resuming
@@ -78,6 +79,7 @@ def fit(
     steps: int,
     device: torch.device,
     metadata: Mapping[str, Any],
+    picture: Callable[[nn.Module, int], None] | None = None,
 ) -> dict[str, float]:
     """Train a model in the run folder `config.out`, or go on where that folder's run was stopped.
 
@@ -88,6 +90,8 @@ def fit(
         batches: from a start step, the batches of the steps start + 1 ... steps of this rank.
         evaluate: the model in evaluation mode to metrics, `AP` among them; called on every rank, the main rank's count.
         metadata: plain values that travel in every checkpoint: method, categories, geometry, profile, fingerprint ...
+        picture: (model in evaluation mode, step), called every `config.picture_every` steps on the main rank only. It
+            leaves weights, log and random states as they are.
 
     Returns:
         Metrics and step of the best evaluation.
@@ -126,6 +130,8 @@ def fit(
                 write_log(state, lr, log)
             if saves:
                 save(state, folder, facts, log)
+            if picture and config.picture_every and _due(state.step, config.picture_every, steps):
+                draw(state, picture, log)
             if stopping:
                 leave(state, folder, log)
             if evaluates:
@@ -323,6 +329,20 @@ def save(state: State, folder: Path, facts: Mapping[str, Any], log: RunLog | Non
         checkpoint.save_rotating(folder, content)
     if log:
         log.restart_clock(state.step)  # evaluating and saving is not training speed
+
+
+def draw(state: State, picture: Callable[[nn.Module, int], None], log: RunLog | None) -> None:
+    """Let a picture be drawn on the main rank, between two steps that notice nothing of it."""
+    if not distributed.is_main():
+        return
+    before = random_states()
+    state.model.eval()
+    with torch.no_grad():
+        picture(state.model, state.step)
+    state.model.train()
+    set_random_states(before)
+    if log:
+        log.restart_clock(state.step)  # drawing is not training speed
 
 
 def resume(state: State, folder: Path, facts: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ def train(config: Config) -> dict[str, float]:
     from core.data.sources import open_data
     from core.inference import describe_run, example_images, load_start_weights, on_validation
     from core.train import fit, seed_everything
+    from paa.explain import pictures_of_run
     from paa.losses import compute_losses
     from paa.model import PAA
     from paa.postprocess import detect
@@ -66,6 +67,7 @@ def train(config: Config) -> dict[str, float]:
             steps=steps,
             device=device,
             metadata=describe_run("paa", data, config),
+            picture=pictures_of_run(config, data.val, device),
         )
         if distributed.is_main():
             print(f"draw its detections: python -m paa.predict {config.out}/best.pt {example_images(data)} --score 0.5")

@@ -88,7 +88,8 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     """Equal tensors, random states and log rows but for times."""
     contents = [checkpoint.load(f / "last.pt") for f in (folder, whole)]
     for content in contents:
-        content["config"].pop("out")
+        for name in ("out", "picture_every"):
+            content["config"].pop(name)
         content.pop("commit")
         for own in content["ranks"]:
             own["random"].pop("python")  # the type checks of the test run draw from it
@@ -117,11 +118,13 @@ def stop_toy_at(step: int, number: signal.Signals) -> Callable[[ToyConfig], None
     return run
 
 
-def fit_toy(config: ToyConfig, own_batches: Any, own_criterion: Any = criterion) -> dict[str, float]:
+def fit_toy(
+    config: ToyConfig, own_batches: Any, own_criterion: Any = criterion, picture: Any = None
+) -> dict[str, float]:
     seed_everything(config.seed)
     metadata = {"method": "toy", "fingerprint": "f", "licence": "none"}
-    model, device = Toy(config.toy_noise), torch.device("cpu")
-    return fit(model, own_criterion, own_batches, evaluate, config, steps=STEPS, device=device, metadata=metadata)
+    given: dict[str, Any] = {"steps": STEPS, "device": torch.device("cpu"), "metadata": metadata, "picture": picture}
+    return fit(Toy(config.toy_noise), own_criterion, own_batches, evaluate, config, **given)
 
 
 # schedule and optimiser
@@ -349,6 +352,22 @@ def test_damaged_last_checkpoint_falls_back(tmp_path: Path, whole: Path, capsys:
     last.write_bytes(data)
     run_toy(config)
     assert "checksum" in capsys.readouterr().err
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(5, [5, 10, 12]), (0, [])])
+def test_pictures_leave_no_trace_in_a_run(tmp_path: Path, whole: Path, every: int, expected: list[int]) -> None:
+    drawn = []
+
+    def picture(model: nn.Module, step: int) -> None:
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+        torch.rand(3)  # a careless one
+        drawn.append(step)
+
+    config = ToyConfig(out=str(tmp_path / "run"), picture_every=every)
+    fit_toy(config, lambda start: batches(start, STEPS, config.batch_size), picture=picture)
+    assert drawn == expected
     assert_same_run(tmp_path / "run", whole)
 
 
