@@ -47,7 +47,8 @@ class Measurement(NamedTuple):
 
 def find_runs(folder: Path) -> list[Path]:
     """The run folders inside a folder, sorted; none where it does not exist."""
-    return sorted(path.parent for path in folder.glob("*/config.yaml"))
+    trained = {path.parent for path in folder.glob("*/config.yaml")}
+    return sorted(trained | {path.parents[1] for path in folder.glob("*/evaluate-*/metrics.json")})
 
 
 def read_runs(folders: Iterable[Path], method: str, config_type: type[TrainConfig]) -> list[Measurement]:
@@ -64,45 +65,52 @@ def read_run(folder: Path, method: str, config_type: type[TrainConfig]) -> list[
     Raises:
         UserError: neither a config.yaml nor an evaluation, or a file that cannot be read.
     """
-    evaluations = sorted(folder.glob("evaluate-*/metrics.json"))
-    contents = [_read_json(path) for path in evaluations]
-    config = _run_config(folder, contents, method, config_type)
+    evaluations = {path: _read_json(path) for path in sorted(folder.glob("evaluate-*/metrics.json"))}
+    config = _run_config(folder, evaluations, method, config_type)
     environment = _read_json(folder / "environment.json") if (folder / "environment.json").exists() else {}
-    facts = {"commit": str(environment.get("commit", ""))[:10], "device": str(environment.get("device", ""))}
+    commit, changes = str(environment.get("commit", ""))[:10], str(environment.get("commit", "")).endswith("+changes")
+    facts = {"commit": commit + "+changes" * changes, "device": str(environment.get("device", ""))}
     name = str(environment.get("data", Path(config.data).name))
     found: list[Measurement] = []
-    for path, content in zip(evaluations, contents, strict=True):
-        values = {**dataclasses.asdict(config), **content.get("changes", {})}
-        changed = config_from_values(values, config_type, str(path))
-        one = _measurement(folder, changed, name, content, facts)
-        if not any(_same_question(one, other) for other in found):
-            found.append(one)
-    for split in SPLITS:
-        path = folder / IOU_ACCURACY.format(split=split)
+    for path, content in evaluations.items():
+        values: dict[Any, Any] = {**dataclasses.asdict(config), **_object(content, "changes", path)}
+        _add(found, _measurement(folder, config_from_values(values, config_type, str(path)), name, content, facts))
+    path = folder / "metrics.json"
+    if path.exists():
+        _add(found, _measurement(folder, config, name, _object(_read_json(path), "last", path), facts))
+    for path in (folder / IOU_ACCURACY.format(split=split) for split in SPLITS):
         if path.exists():
             content = _read_json(path)
-            error = content.get("positives", {}).get("mean_absolute_error")
-            found.append(_measurement(folder, config, name, {**content, "iou_error": error}, facts))
-    if (folder / "metrics.json").exists():
-        own = _measurement(folder, config, name, _read_json(folder / "metrics.json").get("last", {}), facts)
-        if not any("AP" in other.values and _same_question(own, other) for other in found):
-            found.insert(0, own)
+            error = _object(content, "positives", path).get("mean_absolute_error")
+            _add(found, _measurement(folder, config, name, {**content, "iou_error": error}, facts))
     return [measurement for measurement in found if measurement.values]
 
 
+def _add(found: list[Measurement], one: Measurement) -> None:
+    """Append a measurement, or what it adds to an earlier one of the same model and data."""
+    for place, other in enumerate(found):
+        if (one.data, one.split, one.tta, one.config) == (other.data, other.split, other.tta, other.config):
+            found[place] = other._replace(values={**one.values, **other.values})
+            return
+    found.append(one)
+
+
 def _run_config(
-    folder: Path, evaluations: Sequence[Mapping[str, Any]], method: str, config_type: type[TrainConfig]
+    folder: Path, evaluations: Mapping[Path, Mapping[str, Any]], method: str, config_type: type[TrainConfig]
 ) -> TrainConfig:
+    """Of the run's config.yaml, or of the weights beside it that were evaluated."""
     path = folder / "config.yaml"
     if path.exists():
         return config_from_values(read_mapping(path), config_type, str(path))
-    weights = next((Path(str(content["weights"])) for content in evaluations if "weights" in content), None)
-    if weights is None:
+    names = [Path(str(content["weights"])).name for content in evaluations.values() if "weights" in content]
+    if not names:
         kind = "no such folder" if not folder.is_dir() else "no run folder, it has neither config.yaml nor evaluate-*/"
         raise UserError(f"{folder}: {kind}")
     from core import checkpoint
 
-    return config_from_values(checkpoint.load(weights, method=method)["config"], config_type, str(weights))
+    weights = folder / names[0]
+    content = checkpoint.load(weights, method=method)
+    return config_from_values(_object(content, "config", weights), config_type, str(weights))
 
 
 def _measurement(
@@ -132,8 +140,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _same_question(a: Measurement, b: Measurement) -> bool:
-    return (a.data, a.split, a.tta, a.config) == (b.data, b.split, b.tta, b.config)
+def _object(content: Mapping[str, Any], key: str, path: Path) -> dict[Any, Any]:
+    value = content.get(key, {})
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {key} must be an object with fields, got {value!r}")
+    return value
 
 
 def differences(measured: Measurement, wanted: TrainConfig, images: Mapping[str, int]) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from core import checkpoint
 from core.config import TrainConfig
 from core.configfile import to_yaml
 from core.errors import UserError
@@ -199,7 +200,7 @@ def test_a_row_is_answered_by_runs_of_exactly_its_configuration(tmp_path: Path) 
     assert answered(measured(PRESETS["r50_long"])) == ["long"]
     assert answered(measured(replace(PRESETS["r50"], steps=240))) == []
     assert answered(measured(tta=True)) == []
-    assert answered(measured(split="test")) == []
+    assert answered(measured(split="test", images=None)) == []
     assert answered(measured(data="bccd")) == []
     assert answered(measured(images=16)) == []
     assert answered(measured(values={"iou_error": 0.1})) == []
@@ -258,12 +259,28 @@ def test_iou_accuracy_is_read(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", PRESETS["r50"])
     content = {"positives": {"mean_absolute_error": 0.0831}, "data": "coco", "split": "val", "images": 5000}
     (folder / "iou-accuracy-val.json").write_text(json.dumps(content))
-    assert [one.values for one in read_run(folder, "toy", Config)] == [
-        {"AP": 0.4123, "AP50": 0.5},
-        {"iou_error": 0.0831},
-    ]
+    (one,) = read_run(folder, "toy", Config)
+    assert one.values == {"AP": 0.4123, "AP50": 0.5, "iou_error": 0.0831}
     text = single_spaced(report(published(tmp_path, CONTENT), read_run(folder, "toy", Config), PRESETS))
     assert "| short | `r50` | < 0.1 | [P] | IoU error 0.083 |" in text
+
+
+def test_a_folder_of_weights_is_a_run_where_they_were_evaluated(tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    config = asdict(replace(PRESETS["r50"], profile="official", preset="r50"))
+    checkpoint.save(folder / "weights.pt", {"method": "toy", "config": config})
+    write_evaluation(folder, weights="elsewhere/converted/weights.pt")
+    assert find_runs(tmp_path) == [folder]
+    (one,) = read_run(folder, "toy", Config)
+    assert one.values["AP"] == 0.415
+    assert differences(one, PRESETS["r50"], {"val": 5000}) == ["profile official instead of ours"]
+    with pytest.raises(UserError, match="checkpoint of method 'toy', this command needs 'paa'"):
+        read_run(folder, "paa", Config)
+
+
+def test_changes_of_the_source_tree_are_told(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", PRESETS["r50"], commit="0123456789abcdef+changes")
+    assert read_run(folder, "toy", Config)[0].commit == "0123456789+changes"
 
 
 def test_folders_without_numbers(tmp_path: Path) -> None:
@@ -284,6 +301,7 @@ def test_folders_without_numbers(tmp_path: Path) -> None:
         ("config.yaml", "topk: [", "not a YAML file"),
         ("metrics.json", "{", "metrics.json: cannot be read"),
         ("metrics.json", "[]", "must hold an object with fields, got a list"),
+        ("metrics.json", '{"last": 3}', "last must be an object with fields, got 3"),
         ("environment.json", "", "environment.json: cannot be read"),
     ],
 )
