@@ -56,15 +56,15 @@ def atss_case(repeats: int = 9, seed: int = 0) -> dict[str, object]:
     }
 
 
-def random_targets(seed: int) -> Targets:
-    """Objects of 8 to 400 pixels, log-uniform sides, anywhere in the canvas."""
+def random_targets(seed: int, objects: int = OBJECTS, canvas: tuple[int, int] = CANVAS) -> Targets:
+    """Objects of 8 to 400 pixels, or the canvas's shorter side, log-uniform sides, anywhere in the canvas."""
     generator = torch.Generator().manual_seed(seed)
-    sides = 8 * (400 / 8) ** torch.rand(IMAGES, OBJECTS, 2, generator=generator)
-    limits = torch.tensor(CANVAS).flip(0)
-    corners = torch.rand(IMAGES, OBJECTS, 2, generator=generator) * (limits - sides)
-    labels = torch.randint(80, (IMAGES, OBJECTS), generator=generator)
-    valid = torch.ones(IMAGES, OBJECTS, dtype=torch.bool)
-    sizes = torch.tensor([CANVAS] * IMAGES)
+    sides = 8 * (min(400, *canvas) / 8) ** torch.rand(IMAGES, objects, 2, generator=generator)
+    limits = torch.tensor(canvas).flip(0)
+    corners = torch.rand(IMAGES, objects, 2, generator=generator) * (limits - sides)
+    labels = torch.randint(80, (IMAGES, objects), generator=generator)
+    valid = torch.ones(IMAGES, objects, dtype=torch.bool)
+    sizes = torch.tensor([canvas] * IMAGES)
     return Targets(torch.cat([corners, corners + sides], dim=-1), labels, valid, sizes)
 
 

@@ -75,10 +75,11 @@ def sklearn_positives(losses: np.ndarray) -> np.ndarray:
     """Positives of every row by scheme (c), one scikit-learn fit a row in float64."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fits that stop at the last step
-        return np.stack([_sklearn_row(row) for row in losses.astype(np.float64)])
+        return np.stack([sklearn_row(row) for row in losses.astype(np.float64)])
 
 
-def _sklearn_row(losses: np.ndarray) -> np.ndarray:
+def sklearn_row(losses: np.ndarray) -> np.ndarray:
+    """Positives of one row of at least two float64 losses by scheme (c), in the order given."""
     from sklearn.mixture import GaussianMixture
 
     order = np.argsort(losses, kind="stable")

@@ -1,16 +1,17 @@
-"""Our routines beside the usual or the obvious way of doing the same, timed in one run.
+"""Our routines beside the usual or the obvious way of doing the same, timed in one run; and what memory they take.
 
     python -m benchmarks.speed                                              # all
     python -m benchmarks.speed paa-mixture atss                             # some
     python -m benchmarks.speed --out benchmarks/results/speed.json          # kept for the README's table
 
-Each line shows both times, how many times faster ours is, and how many are wanted. Compare only times of one run.
+Each line shows both times, how many times faster ours is, and how many are wanted; or megabytes and how many are
+allowed. Compare only times of one run.
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, final
 
 import torch
 
@@ -18,11 +19,14 @@ from benchmarks.annotations_speed import measure as measure_annotations
 from benchmarks.atss_speed import atss_case
 from benchmarks.evaluator_speed import evaluator_case, voting_case
 from benchmarks.mixture_speed import mixture_case
+from benchmarks.paa_memory import paa_memory_case
+from benchmarks.paa_speed import paa_loss_case
 from core import cli
 from core.errors import UserError, nearest
 from core.runlog import environment, write_json
 
 
+@final
 class Row(TypedDict):
     """One comparison."""
 
@@ -34,6 +38,17 @@ class Row(TypedDict):
     ratio: float  # reference_ms / ours_ms
     target: float  # the ratio wanted
     equal: bool | None  # whether both gave the same result; None where there is none to compare
+    details: dict[str, Any]  # all that was measured
+
+
+@final
+class Peak(TypedDict):
+    """One measurement of memory."""
+
+    name: str
+    what: str  # the work done
+    peak_mb: float  # the most it took above what was there before
+    limit_mb: float  # the most it may take
     details: dict[str, Any]  # all that was measured
 
 
@@ -61,6 +76,20 @@ def mixture() -> list[Row]:
     ]
 
 
+def paa_loss() -> list[Row]:
+    """PAA's assignment and loss with 20 and with 100 objects in an image."""
+    return [
+        row(paa_loss_case(objects), "loop over objects and levels, scikit-learn", target)
+        for objects, target in ((20, 4), (100, 10))
+    ]
+
+
+def paa_memory() -> list[Peak]:
+    """Memory of PAA's assignment with 1,000 objects in an image."""
+    case = paa_memory_case()
+    return [Peak(name=case["name"], what=case["what"], peak_mb=case["peak_mb"], limit_mb=500, details=case)]
+
+
 def atss() -> list[Row]:
     """Plain ATSS with sparse candidates."""
     return [row(atss_case(), "anchors x objects matrices", 10)]
@@ -74,8 +103,8 @@ def evaluator() -> list[Row]:
 
 
 def voting() -> list[Row]:
-    """PAA's score voting."""
-    return [row(voting_case(), "loop over classes and boxes", 1)]
+    """PAA's score voting of boxes with 2 and with 10 classes each."""
+    return [row(voting_case(classes_each=classes), "loop over classes and boxes", 5) for classes in (2, 10)]
 
 
 def annotations() -> list[Row]:
@@ -94,8 +123,10 @@ def annotations() -> list[Row]:
     return [row(case | first | reference, "pycocotools", 2), row(case | later | reference, "pycocotools", 100)]
 
 
-BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
+BENCHMARKS: dict[str, Callable[[], list[Row] | list[Peak]]] = {
     "paa-mixture": mixture,
+    "paa-loss": paa_loss,
+    "paa-memory": paa_memory,
     "atss": atss,
     "voting": voting,
     "evaluator": evaluator,
@@ -103,8 +134,11 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
 }
 
 
-def line(result: Row) -> str:
-    """A row as printed: work, both times, ratio and target, and what is wrong."""
+def line(result: Row | Peak) -> str:
+    """A row as printed: work, both times, ratio and target, and what is wrong; or work, megabytes and limit."""
+    if "peak_mb" in result:
+        verdict = "" if result["peak_mb"] <= result["limit_mb"] else ", MISSED"
+        return f"{result['what']}\n    {result['peak_mb']:.0f} MB, at most {result['limit_mb']:g} wanted{verdict}"
     verdict = "" if result["ratio"] >= result["target"] else ", MISSED"
     verdict += ", DIFFERENT RESULTS" if result["equal"] is False else ""
     return (
@@ -123,7 +157,7 @@ def main() -> None:
     for name in options.names:
         if name not in BENCHMARKS:
             raise UserError(f"no benchmark named {name!r}{nearest(name, BENCHMARKS)}")
-    rows = []
+    rows: list[Row | Peak] = []
     for name in options.names or BENCHMARKS:
         for result in BENCHMARKS[name]():
             print(f"{name}: {line(result)}", flush=True)

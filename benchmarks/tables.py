@@ -165,19 +165,34 @@ def size_cells(size: Complexity) -> list[str]:
 
 
 def speed_table(results: Path) -> str:
-    """What `benchmarks.speed` measured, one row for each case."""
+    """What `benchmarks.speed` measured, one row for each comparison; then one for each measurement of memory."""
     result = read_result(results / "speed.json")
     if result is None:
         return f"{NOT_MEASURED}\n"
-    header = ["what", "compared with", "its ms", "our ms", "times faster", "wanted"]
-    table = markdown(header, [speed_cells(row) for row in result["rows"]])
-    return f"{table}\n{result['device']}, {result['threads']} threads.\n"
+    times = [speed_cells(row) for row in result["rows"] if "ratio" in row]
+    peaks = [memory_cells(row) for row in result["rows"] if "peak_mb" in row]
+    tables = [
+        markdown(["what", "compared with", "its ms", "our ms", "times faster", "wanted"], times) if times else "",
+        markdown(["what", "MB at most", "wanted"], peaks) if peaks else "",
+        f"{result['device']}, {plural(result['threads'], 'thread')} where a row does not say otherwise.\n",
+    ]
+    return "\n".join(table for table in tables if table)
 
 
 def speed_cells(row: dict[str, Any]) -> list[str]:
     """What was done, what it was compared with, both milliseconds, the ratio and the ratio wanted."""
     times = [_number(row["reference_ms"]), _number(row["ours_ms"])]
     return [row["what"], row["reference"], *times, f"{row['ratio']:.1f}", f"≥ {row['target']:g}"]
+
+
+def memory_cells(row: dict[str, Any]) -> list[str]:
+    """What was done, the megabytes it took at most and those allowed."""
+    return [row["what"], _number(row["peak_mb"]), f"≤ {row['limit_mb']:g}"]
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

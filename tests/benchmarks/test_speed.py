@@ -1,6 +1,9 @@
 """Speed comparisons: what becomes of a measured case."""
 
+import pytest
+
 from benchmarks import speed
+from benchmarks.evaluator_speed import voting_case
 
 
 def test_row_and_its_line() -> None:
@@ -14,3 +17,16 @@ def test_row_and_its_line() -> None:
 def test_missed_target_and_different_results_are_said() -> None:
     row = speed.row({"name": "a", "what": "", "reference_ms": 3.0, "ours_ms": 1.0, "equal": False}, "", 10)
     assert speed.line(row).endswith("3.0 times faster, wanted 10, MISSED, DIFFERENT RESULTS")
+
+
+def test_memory_and_its_line() -> None:
+    peak = speed.Peak(name="a", what="one image", peak_mb=98.4, limit_mb=500, details={})
+    assert speed.line(peak) == "one image\n    98 MB, at most 500 wanted"
+    peak["peak_mb"] = 500.5
+    assert speed.line(peak).endswith("wanted, MISSED")
+
+
+@pytest.mark.parametrize("classes", [1, 10])
+def test_voting_gives_the_loop_s_boxes(classes: int) -> None:
+    case = voting_case(boxes=60, classes_each=classes, repeats=1)
+    assert case["equal"]

@@ -64,11 +64,34 @@ def test_preset_sizes() -> None:
     assert len(rows) == 2 + len(PRESETS)
 
 
+def write_speed(results: Path, threads: int, *rows: dict[str, object]) -> None:
+    (results / "speed.json").write_text(json.dumps({"rows": rows, "device": "a CPU", "threads": threads}))
+
+
+TIMES: dict[str, object] = {
+    "what": "two images",
+    "reference": "the dense form",
+    "reference_ms": 1234.0,
+    "ours_ms": 12.34,
+    "ratio": 100.0,
+    "target": 10,
+}
+
+
 def test_speed_rows(tmp_path: Path) -> None:
-    row = {"name": "atss", "what": "two images", "ours_ms": 12.34, "reference_ms": 1234.0, "ratio": 100.0, "target": 10}
-    content = {"rows": [row | {"reference": "the dense form"}], "device": "a CPU", "threads": 2}
-    (tmp_path / "speed.json").write_text(json.dumps(content))
-    assert "| two images | the dense form | 1,234 | 12.3 | 100.0 | ≥ 10 |" in tables.speed_table(tmp_path)
+    write_speed(tmp_path, 2, TIMES)
+    table = tables.speed_table(tmp_path)
+    assert "| two images | the dense form | 1,234 | 12.3 | 100.0 | ≥ 10 |\n\na CPU, 2 threads where" in table
+    assert "MB" not in table
+
+
+def test_memory_has_a_table_of_its_own(tmp_path: Path) -> None:
+    write_speed(tmp_path, 1, TIMES, {"what": "one image", "peak_mb": 98.07, "limit_mb": 500})
+    tail = tables.speed_table(tmp_path).split("≥ 10 |\n")[1]
+    assert tail == (
+        "\n| what | MB at most | wanted |\n| --- | ---: | ---: |\n| one image | 98.1 | ≤ 500 |\n"
+        "\na CPU, 1 thread where a row does not say otherwise.\n"
+    )
 
 
 def test_update_replaces_only_what_stands_between_the_markers(tmp_path: Path) -> None:
