@@ -1,4 +1,4 @@
-"""What `evaluate` and `predict` do, the same for every method: each hands in its model and post-processing."""
+"""What `train`, `evaluate` and `predict` do, the same for every method: each hands in its model, losses and so on."""
 
 import argparse
 import dataclasses
@@ -18,18 +18,31 @@ from tqdm import tqdm
 
 from core import checkpoint, distributed
 from core.anchors import SIZE_DIVISOR
-from core.config import TrainConfig
+from core.backbone import load_backbone_weights
+from core.config import TrainConfig, total_steps
 from core.configfile import config_from_values
 from core.data.images import read_image
+from core.data.loader import train_batches
+from core.data.sampler import training_images
 from core.data.sources import TEST_DEV, open_data
 from core.data.table import Category, Table
 from core.data.transforms import resize, resized_sizes
 from core.draw import draw_detections
 from core.errors import UserError
 from core.evaluator import METRICS, evaluate_boxes, write_detections
-from core.inference import Detect, check_categories, detect_batch, detect_table, ground_truth
+from core.inference import (
+    Detect,
+    check_categories,
+    describe_run,
+    detect_batch,
+    detect_table,
+    example_images,
+    ground_truth,
+    load_start_weights,
+    on_validation,
+)
 from core.runlog import write_json
-from core.train import seed_everything
+from core.train import Picture, fit, seed_everything
 from core.tta import describe_views, paper_views
 from core.types import Batch, Detections
 
@@ -46,6 +59,51 @@ class Trained(NamedTuple):
     model: nn.Module
     config: Any  # the method's configuration, with the command line's hardware options
     categories: tuple[Category, ...]
+
+
+def train(
+    config: Config,
+    method: str,
+    build: BuildModel,
+    compute_losses: Callable[..., dict[str, torch.Tensor]],
+    detect: Detect,
+    pictures: Callable[[Config, Table, torch.device], Picture | None],
+) -> dict[str, float]:
+    """One run from data to the best model, in the order in which it happens; returns the best metrics on val.
+
+    Args:
+        config: of the method.
+        method: package name, which the checkpoints carry.
+        build: makes the method's model.
+        compute_losses: the method's criterion; gets `config=`.
+        detect: the method's post-processing; gets `config=`.
+        pictures: makes what draws the method's assignment during training, see `core.train.fit`.
+    """
+    with distributed.process_group(config.device) as device:
+        data = open_data(config.data, config.seed)
+        steps = total_steps(config, len(training_images(data.train, config.empty_images)))
+        seed_everything(config.seed, deterministic=config.deterministic)
+        model: Any = build(config, len(data.categories))
+        if not config.weights:
+            with distributed.main_first():
+                load_backbone_weights(model.backbone, config.backbone_weights, config)
+        load_start_weights(model, config, method)
+        share = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        best = fit(
+            model,
+            partial(compute_losses, config=config),
+            lambda start: train_batches(data.train, config, start=start, steps=steps, **share),
+            on_validation(partial(detect, config=config), data.val, config, device),
+            config,
+            steps=steps,
+            device=device,
+            metadata=describe_run(method, data, config),
+            picture=pictures(config, data.val, device),
+        )
+        if distributed.is_main():
+            command = f"python -m {method}.predict {config.out}/best.pt {example_images(data)} --score 0.5"
+            print(f"draw its detections: {command}")
+    return best
 
 
 def evaluate(

@@ -33,6 +33,7 @@ from core.types import Batch, Targets
 Criterion = Callable[[Any, Targets, int, int], dict[str, Tensor]]
 Batches = Callable[[int], Iterator[Batch]]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
+Picture = Callable[[nn.Module, int], None]
 
 NEVER = torch.iinfo(torch.int64).max  # the first non-finite step of a run that has none
 FREE_FIELDS = (
@@ -79,7 +80,7 @@ def fit(
     steps: int,
     device: torch.device,
     metadata: Mapping[str, Any],
-    picture: Callable[[nn.Module, int], None] | None = None,
+    picture: Picture | None = None,
 ) -> dict[str, float]:
     """Train a model in the run folder `config.out`, or go on where that folder's run was stopped.
 
@@ -331,7 +332,7 @@ def save(state: State, folder: Path, facts: Mapping[str, Any], log: RunLog | Non
         log.restart_clock(state.step)  # evaluating and saving is not training speed
 
 
-def draw(state: State, picture: Callable[[nn.Module, int], None], log: RunLog | None) -> None:
+def draw(state: State, picture: Picture, log: RunLog | None) -> None:
     """Let a picture be drawn on the main rank, between two steps that notice nothing of it."""
     if not distributed.is_main():
         return
