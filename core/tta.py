@@ -212,11 +212,14 @@ def group_leaders(found: Candidates, geometry: Geometry, threshold: float) -> In
     if not len(found.boxes):
         return found.images
     kept = suppress(found, math.nextafter(threshold, 0), geometry).sort()[0]
+    kept = kept[found.labels[kept].argsort(stable=True)]  # by class, then by falling score
+    first, last = (torch.searchsorted(found.labels[kept], found.labels, side=side) for side in ("left", "right"))
+    place = first[:, None] + torch.arange(int((last - first).max()), device=first.device)
+    better = kept[place.clamp(max=len(kept) - 1)]  # (n, kept boxes of the largest class)
     boxes = found.boxes.double()
-    joined = box_iou(boxes[kept][:, None], boxes[None], geometry) >= threshold
-    joined &= found.labels[kept][:, None] == found.labels
-    first = kept[joined.int().argmax(dim=0)]
-    return torch.where(joined.any(dim=0), first, torch.arange(len(boxes), device=boxes.device))
+    joined = (box_iou(boxes[:, None], boxes[better], geometry) >= threshold) & (place < last[:, None])
+    leaders = better.gather(1, joined.int().argmax(dim=1, keepdim=True))[:, 0]
+    return torch.where(joined.any(dim=1), leaders, torch.arange(len(boxes), device=boxes.device))
 
 
 def _concatenate(parts: Sequence[Candidates]) -> Candidates:
