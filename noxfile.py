@@ -62,7 +62,7 @@ def consistency(session: nox.Session) -> None:
 
 @nox.session
 def smoke(session: nox.Session) -> None:
-    """Every method: train a few steps on a few drawn images, evaluate, predict."""
+    """Every method: train a few steps on a few drawn images, evaluate, predict, report."""
     with tempfile.TemporaryDirectory() as folder:
         data = f"{folder}/shapes"
         python(session, "-m", "core.data", "shapes", data, "--train", "8", "--val", "4", "--test", "2")
@@ -73,6 +73,7 @@ def smoke(session: nox.Session) -> None:
             python(session, "-m", f"{method}.train", *train)
             python(session, "-m", f"{method}.evaluate", f"{run}/best.pt", "--split", "test")
             python(session, "-m", f"{method}.predict", f"{run}/best.pt", f"{data}/test")
+            python(session, "-m", f"{method}.report", run, "--out", f"{run}/report.md")
 
 
 @nox.session

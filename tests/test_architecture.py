@@ -25,7 +25,9 @@ LIGHT = (  # import neither torch nor numpy, so that --help and mistakes in flag
     "core.errors",
     "core.geometry",
     "core.profiles",
-    *(f"{method}{part}" for method in sorted(METHODS) for part in ("", ".config", ".profiles")),
+    "core.published",
+    "core.report",
+    *(f"{method}{part}" for method in sorted(METHODS) for part in ("", ".config", ".profiles", ".report")),
 )
 MACHINE_PATH = re.compile(r"(?<![\w.}])/(work|opt|root|home|Users|mnt)/")
 LEFTOVER = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X|HA" r"CK)\b")

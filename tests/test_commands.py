@@ -12,7 +12,7 @@ pytestmark = pytest.mark.consistency
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted({path.parent.name for path in ROOT.glob("*/config.py")} - {"core"})
-COMMANDS = ("train", "evaluate", "predict", "visualize")
+COMMANDS = ("train", "evaluate", "predict", "visualize", "report")
 HEAVY = (  # runs a module as `python -m` does, then tells which heavy packages it has loaded
     "import runpy, sys\n"
     "name, *sys.argv[1:] = sys.argv[1:]\n"
@@ -60,6 +60,7 @@ def test_dry_run_prints_the_recipe_and_the_size_of_the_model(method: str) -> Non
         (("train", "--batch-size", "0"), "batch_size"),
         (("evaluate", "a.pt", "--splt", "val"), "'--split'"),
         (("predict", "a.pt", "b.jpg", "--scor", "0.5"), "'--score'"),
+        (("report", "--submision", "d.json"), "'--submission'"),
     ],
 )
 def test_mistake_is_one_line_that_names_the_nearest(method: str, arguments: tuple[str, ...], names: str) -> None:
