@@ -59,6 +59,7 @@ def random_batch(config: Config, seed: int = 0) -> tuple[Outputs, Targets]:
 def check_against_assignment(outputs: Outputs, targets: Targets, config: Config) -> list[Decision]:
     """Every positive anchor is a positive candidate of its object and the other way round; likewise ignored ones."""
     gt_index = assign(outputs, targets, config).gt_index
+    level_of = np.repeat(np.arange(3, 8), outputs.grid.level_sizes)
     explained = explain(outputs, targets, config)
     for image, decisions in enumerate(explained):
         assert len(decisions) == int(targets.valid[image].sum())
@@ -70,6 +71,7 @@ def check_against_assignment(outputs: Outputs, targets: Targets, config: Config)
             assert (gt_index[image, one.columns["anchor"][one.where("ignored")]] == -2).all()
             assert (gt_index[image, one.columns["anchor"][one.where("negative")]] == -1).all()
             assert (np.diff(one.scores) >= 0).all()
+            assert (one.levels == level_of[one.columns["anchor"]]).all()
             assert len(np.unique(one.columns["anchor"])) == len(one.scores)
             np.testing.assert_allclose(one.columns["class_loss"] + one.columns["box_loss"], one.scores, rtol=1e-5)
     return [one for decisions in explained for one in decisions]
