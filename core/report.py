@@ -17,6 +17,7 @@ from core.cli import OneLineParser
 from core.config import TrainConfig
 from core.configfile import config_from_values, describe_fields, read_mapping
 from core.errors import UserError
+from core.files import replace_file
 from core.published import METRICS, SPLITS, Published, PublishedTable, Row, row_config
 
 NOT_MEASURED, SERVER_CLOSED = "not measured", "server closed"
@@ -383,8 +384,7 @@ def print_report(
     text = report(published, measured, presets)
     print(text, end="")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        replace_file(out, text.encode())
         print(f"\nwritten to {out}")
     for folder in folders:
         _draw_positives(folder)

@@ -1,7 +1,6 @@
 """The zip that COCO's test-dev server took: detections that are checked first."""
 
 import io
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from core.data.parse import open_annotations
 from core.data.table import NoImages
 from core.errors import UserError
 from core.evaluator import DetectionArrays, encode_detections, read_detections
+from core.files import replace_file
 
 MOST_DETECTIONS = 100  # of an image: COCO counts no more
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -54,10 +54,7 @@ def write_submission(detections: Path, image_info: Path, name: str, out: Path | 
             " --trim keeps these"
         )
     content = encode_detections(DetectionArrays(*(column[best] for column in found)))
-    temporary = out.with_name(f".{out.name}.part")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(zipped(f"{entry}.json", content))
-    os.replace(temporary, out)
+    replace_file(out, zipped(f"{entry}.json", content))
     return out
 
 

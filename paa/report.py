@@ -79,6 +79,7 @@ def submit(arguments: argparse.Namespace, published: Published) -> None:
     for table in published.tables:
         if table.split == "test-dev":
             print(f"\n{table.title}:\n\n{published_table(table, [[]] * len(table.rows))}", end="")
+    print("\npython -m paa.report tells what the letters stand for")
 
 
 if __name__ == "__main__":

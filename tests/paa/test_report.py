@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from core.anchors import AnchorGrid, anchor_grid, level_shapes
-from core.boxes import encode_deltas
+from core.boxes import box_iou, encode_deltas
 from core.errors import UserError
+from core.nms import Candidates
 from core.published import Published, read_published
 from core.types import Targets
 from paa import report
 from paa.config import PRESETS, Config
-from paa.iou_accuracy import PredictedIous, describe, detection_ious, positive_ious
+from paa.iou_accuracy import PredictedIous, best_ious, describe, detection_ious, positive_ious
 from paa.model import Outputs
 from paa.report import RESULTS
 from tests.runs import TINY, run
@@ -109,6 +110,29 @@ def test_detection_ious_by_hand() -> None:
     assert len(positive_ious(outputs, nothing, CONFIG).true) == 0
     silent = outputs._replace(logits=torch.full_like(outputs.logits, -9.0))
     assert len(detection_ious(silent, one_object([8, 8, 40, 24], 1), CONFIG).true) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_best_ious_is_its_slow_twin(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def boxes(*shape: int) -> Tensor:
+        corner = 40 * torch.rand(*shape, 2, generator=generator)
+        return torch.cat([corner, corner + 1 + 30 * torch.rand(*shape, 2, generator=generator)], dim=-1)
+
+    valid = torch.rand(2, 3, generator=generator) < 0.7
+    labels = torch.randint(2, (2, 3), generator=generator)
+    targets = Targets(boxes(2, 3), labels, valid, torch.tensor([CANVAS] * 2))
+    images, classes = torch.randint(2, (2, 12), generator=generator).unbind()
+    found = Candidates(boxes(12), torch.ones(12), classes, images)
+    expected = []
+    for box, label, image in zip(found.boxes, found.labels, found.images, strict=True):
+        best = 0.0
+        for row in range(3):
+            if valid[image, row] and labels[image, row] == label:
+                best = max(best, float(box_iou(box[None], targets.boxes[image, row][None])))
+        expected.append(best)
+    torch.testing.assert_close(best_ious(found, targets, CONFIG), torch.tensor(expected))
 
 
 def test_describe_by_hand() -> None:
