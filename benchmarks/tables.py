@@ -89,6 +89,7 @@ def coco_table(results: Path) -> str:
     return detector_table(results, rows) + note
 
 
+STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # two-sided, 1, 2 ... 10 degrees
 ABLATION_ROWS = (
     ("paa", "PAA: scheme (c), IoU prediction, score voting"),
     ("no_voting", "without score voting"),
@@ -117,9 +118,10 @@ def ablation_table(results: Path) -> str:
 
 
 def difference(result: dict[str, Any] | None, key: str, base: str) -> str:
-    """How far a detector's mean AP lies from another's; told apart where it is two standard errors or more away.
+    """How far a detector's mean AP lies from another's, and whether 95 % confidence tells them apart.
 
-    The standard error of the difference of two means over n and m seeds is sqrt(s^2 / n + t^2 / m).
+    The standard error of the difference of two means over n and m seeds is sqrt(s^2 / n + t^2 / m); it counts as many
+    times as Student's distribution with n + m - 2 degrees of freedom says.
     """
     if result is None or key not in result["detectors"] or base not in result["detectors"] or key == base:
         return "" if key == base else NOT_MEASURED
@@ -128,7 +130,9 @@ def difference(result: dict[str, Any] | None, key: str, base: str) -> str:
     if ours["std"]["AP"] is None or theirs["std"]["AP"] is None:
         return f"{gap:+.1f}, one seed"
     error = 100 * math.hypot(*(part["std"]["AP"] / math.sqrt(len(part["runs"])) for part in (ours, theirs)))
-    return f"{gap:+.1f}" if abs(gap) >= 2 * error else f"{gap:+.1f}, not separable"
+    freedom = len(ours["runs"]) + len(theirs["runs"]) - 2
+    times = STUDENT_95[min(freedom, len(STUDENT_95)) - 1]
+    return f"{gap:+.1f}" if abs(gap) >= times * error else f"{gap:+.1f}, not separable"
 
 
 def presets_table(results: Path) -> str:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from core.decisions import FIRST_LEVEL, OUTCOMES, Decision, Outcome, borders
+from core.decisions import FIRST_LEVEL, OUTCOMES, Curves, Decision, Outcome, borders
 
 COLOURS: dict[Outcome, str] = {"positive": "#12924a", "ignored": "#d99a00", "negative": "#d62f3a"}
 MARKERS: dict[Outcome, str] = {"positive": "o", "ignored": "s", "negative": "x"}
@@ -106,9 +106,13 @@ def _draw_row(part: Any, row: Row, axis: str) -> None:
     _draw_boxes(positives, row, ("positive",))
     _draw_boxes(others, row, ("ignored", "negative"))
     positives.set_title(row.title, loc="left", fontsize=11, fontweight="bold", color=INK, in_layout=False)
-    density, strip = part.add_subplot(grid[0, 2]), part.add_subplot(grid[1, 2])
-    strip.sharex(density)
-    _draw_density(density, row.decision)
+    if row.decision.curves is None:
+        strip = part.add_subplot(grid[:, 2])
+        strip.set_title(row.decision.note, loc="left", fontsize=8.5, color=FAINT, pad=9)
+    else:
+        density, strip = part.add_subplot(grid[0, 2]), part.add_subplot(grid[1, 2])
+        strip.sharex(density)
+        _draw_density(density, row.decision, row.decision.curves)
     _draw_strip(strip, row.decision, axis)
 
 
@@ -172,7 +176,7 @@ def _range(values: np.ndarray) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _draw_density(axes: Any, decision: Decision) -> None:
+def _draw_density(axes: Any, decision: Decision, curves: Curves) -> None:
     """The curves over the range of the scores, the borders between outcomes, and the note."""
     low, high = _limits(decision.scores)
     axes.set(xlim=(low, high), yticks=[])
@@ -181,10 +185,8 @@ def _draw_density(axes: Any, decision: Decision) -> None:
     axes.spines["bottom"].set_color("#bbbbbb")
     axes.set_title(decision.note, loc="left", fontsize=8.5, color=FAINT, pad=9)
     _shade(axes, decision, low, high)
-    if decision.curves is None:
-        return
     x = np.union1d(np.linspace(low, high, 1500), decision.scores)
-    *parts, (total_name, total) = decision.curves(x).items()
+    *parts, (total_name, total) = curves(x).items()
     for (name, y), colour in zip(parts, CURVE_COLOURS, strict=False):
         axes.fill_between(x, y, color=colour, alpha=0.13, linewidth=0)
         axes.plot(x, y, color=colour, linewidth=1.5, label=name)
