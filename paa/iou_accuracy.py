@@ -1,6 +1,6 @@
 """How far the predicted IoU is from the true one (the paper's Table 2).
 
-Note: the paper does not say over which boxes it averages. Here: over the positives of PAA's own assignment, each with
+Note: the paper does not say over which boxes it averages. Here: over positives of the run's own assignment, each with
 the object that it learns, which is what the branch is trained on; and, for what a user gets, over detections before
 score voting, each with the object of its class that it overlaps most (0 where there is none).
 """
@@ -31,7 +31,7 @@ from paa.model import PAA, Outputs
 from paa.postprocess import unified_score
 
 PROTOCOL = {
-    "positives": "mean |sigmoid(IoU logit) - IoU(decoded box, its object)| over the positives of PAA's assignment",
+    "positives": "mean |sigmoid(IoU logit) - IoU(decoded box, its object)| over positives of the run's own assignment",
     "detections": "the same over detections before score voting, with the most overlapped object of the class, or 0",
 }
 
