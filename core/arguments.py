@@ -1,5 +1,6 @@
-"""The command lines of `evaluate`, `predict` and `visualize`, the same for every method (imports no torch)."""
+"""The command lines of `evaluate`, `predict`, `visualize`, `convert`, the same for every method (imports no torch)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from core.cli import OneLineParser
@@ -13,7 +14,7 @@ def evaluate_parser(method: str) -> OneLineParser:
         prog=f"python -m {method}.evaluate",
         description="The 12 COCO numbers of a trained model; also writes metrics.json and detections.json.",
     )
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="checkpoint, such as runs/.../best.pt")
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="runs/.../best.pt or a released .safetensors")
     parser.add_argument("--data", help="COCO folder, dataset YAML or shapes; default: what the model was trained on")
     parser.add_argument("--split", choices=("train", "val", "test", "test-dev"), default="val", help=SPLIT_HELP)
     parser.add_argument(
@@ -33,7 +34,7 @@ def predict_parser(method: str) -> OneLineParser:
         prog=f"python -m {method}.predict",
         description="Draws a trained model's detections into images and writes them all to predictions.json.",
     )
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="checkpoint, such as runs/.../best.pt")
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="runs/.../best.pt or a released .safetensors")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or shapes")
     parser.add_argument("--out", type=Path, help="folder of the pictures; default: WEIGHTS' folder + /predictions")
     parser.add_argument("--score", type=float, default=0.3, help="lowest score that is drawn and written; default: 0.3")
@@ -47,7 +48,7 @@ def visualize_parser(method: str) -> OneLineParser:
         prog=f"python -m {method}.visualize",
         description="Draws which anchors become positive and negative for each object of an image, and why.",
     )
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="checkpoint, such as runs/.../best.pt")
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="runs/.../best.pt or a released .safetensors")
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="file names or ids of the data's images, or shapes for drawn ones"
     )
@@ -59,6 +60,24 @@ def visualize_parser(method: str) -> OneLineParser:
         "--out", type=Path, help="folder of the pictures; default: WEIGHTS' folder + /visualize-<split>"
     )
     add_hardware(parser)
+    return parser
+
+
+def convert_parser(method: str, detectors: Sequence[str]) -> OneLineParser:
+    """`python -m <method>.convert IN OUT.safetensors [--detector D] [--classes FILE]`."""
+    parser = OneLineParser(
+        prog=f"python -m {method}.convert",
+        description="A checkpoint of the authors' code, of MMDetection or of our training as a released model: one "
+        "safetensors file with configuration, classes, geometry and profile inside. No code in the checkpoint is run.",
+    )
+    parser.add_argument("source", type=Path, metavar="IN", help="checkpoint, such as a .pth or runs/.../best.pt")
+    parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="released model to write")
+    parser.add_argument("--detector", choices=detectors, help="whose weights; needed where the file does not say it")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="annotation file, or one name a line; default: COCO's 80"
+    )
+    parser.add_argument("--licence", metavar="TEXT", help="note on the licence of the weights, kept in the file")
+    parser.add_argument("--force", action="store_true", help="replace OUT.safetensors if it exists")
     return parser
 
 

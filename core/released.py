@@ -41,7 +41,7 @@ def save(path: str | Path, state: Mapping[str, Tensor], facts: Mapping[str, Any]
     metadata = {name: json.dumps(value) if name in JSON_FIELDS else value for name, value in facts.items()}
     metadata["format"] = json.dumps(FORMAT)
     metadata[CHECKSUM] = _digest(tensors, metadata)
-    replace_file(Path(path), safetensors.torch.save(tensors, metadata))
+    replace_file(Path(path), _ordered(safetensors.torch.save(tensors, metadata)))
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -67,6 +67,14 @@ def load(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: released model is damaged, its checksum does not fit")
     facts = {name: json.loads(text) if name in JSON_FIELDS else text for name, text in metadata.items()}
     return {**facts, "model": tensors}
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same file with its header in alphabetical order: the library's is another each time, and so are the bytes."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:start]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + data[start:]
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

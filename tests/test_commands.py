@@ -12,7 +12,7 @@ pytestmark = pytest.mark.consistency
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted({path.parent.name for path in ROOT.glob("*/config.py")} - {"core"})
-COMMANDS = ("train", "evaluate", "predict", "visualize", "report")
+COMMANDS = ("train", "evaluate", "predict", "visualize", "report", "convert")
 HEAVY = (  # runs a module as `python -m` does, then tells which heavy packages it has loaded
     "import runpy, sys\n"
     "name, *sys.argv[1:] = sys.argv[1:]\n"

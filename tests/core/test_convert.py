@@ -345,9 +345,8 @@ def test_released_model_comes_back(tmp_path: Path) -> None:
         assert file.metadata()["profile"] == "official"  # readable with other tools
     first = path.read_bytes()
     released.save(path, dict(reversed(STATE.items())), dict(reversed(FACTS.items())))
-    assert released.load(path)["model"].keys() == STATE.keys()
     assert os.listdir(tmp_path) == ["a.safetensors"]
-    assert len(path.read_bytes()) == len(first)
+    assert path.read_bytes() == first
     with pytest.raises(UserError, match=r"a.safetensors: checkpoint of method 'toy', this command needs 'paa'"):
         checkpoint.load(path, method="paa")
 
