@@ -2,6 +2,7 @@
 
     python -m paa.evaluate runs/paa/quick/best.pt                           # val of the data it was trained on
     python -m paa.evaluate runs/paa/r50_1p5x/best.pt --data data/coco       # COCO val2017
+    python -m paa.evaluate runs/paa/r50_1p5x/best.pt --tta                  # 26 views of each image, merged
     torchrun --nproc-per-node 8 -m paa.evaluate runs/paa/r50_1p5x/best.pt   # shared out over eight GPUs
 
 Prints the 12 COCO numbers and writes them, with all detections, into a folder.
