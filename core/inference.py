@@ -90,8 +90,9 @@ def detect_table(
 ) -> DetectionArrays:
     """Detections of a whole split in pixels of the image files; each rank does its share, every rank gets all.
 
-    The model must be in evaluation mode and on `device`. With `views` an image is looked at in each of them and what is
-    found is merged (`core.tta`); otherwise once, at the configuration's size.
+    They come by image id, in an image by falling score, whatever the number of ranks and the size of batches. The model
+    must be in evaluation mode and on `device`. With `views` an image is looked at in each of them and what is found is
+    merged (`core.tta`); otherwise once, at the configuration's size.
     """
     category_ids = np.array([category.id for category in table.categories], dtype=np.int64)
 
@@ -107,7 +108,9 @@ def detect_table(
         for batch, detections in found:
             parts.append(detection_arrays(detections, batch, category_ids, config.box_geometry))
             bar.update(len(batch.sizes))
-    return concatenate(distributed.gather_objects(concatenate(parts)))
+    whole = concatenate(distributed.gather_objects(concatenate(parts)))
+    order = whole.image_id.argsort(kind="stable")
+    return DetectionArrays(*(field[order] for field in whole))
 
 
 def _find_once(

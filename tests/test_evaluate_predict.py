@@ -79,6 +79,19 @@ def test_deterministic_detections_are_the_same_bytes_for_any_batch_size(
     assert written[0] == written[1] == written[2]
 
 
+def test_deterministic_detections_are_the_same_bytes_for_any_number_of_ranks(
+    trained: tuple[str, Path], tmp_path: Path
+) -> None:
+    method, weights = trained
+    written = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        flags = ("--workers", "0", "--deterministic", "--device", "cpu", "--out", str(out))
+        run(f"{method}.evaluate", str(weights), *flags, ranks=ranks)
+        written.append((out / "detections.json").read_bytes())
+    assert written[0] == written[1]
+
+
 def use_views(monkeypatch: pytest.MonkeyPatch, part: slice) -> None:
     """Only some of the 26 views: they would take a while."""
     monkeypatch.setattr(commands, "paper_views", lambda *size: paper_views(*size)[part])
