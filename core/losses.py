@@ -7,7 +7,9 @@ import torch
 import torchvision.ops
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import softplus
 
+SOFTPLUS_LINEAR = 40.0  # ln(1 + e^x) is x to float64 precision from here on
 TINY = 1e-12  # keeps a ratio of distances finite where a box has no area
 
 
@@ -36,6 +38,29 @@ def sigmoid_focal_loss(
     """
     logits = _at_least_float32(logits)
     return torchvision.ops.sigmoid_focal_loss(logits, targets.to(logits.dtype), alpha, gamma)
+
+
+def summed_focal_loss(
+    logits: Float[Tensor, "*n C"], labels: Int[Tensor, "*n"], alpha: float = 0.25, gamma: float = 2.0
+) -> Float[Tensor, "*n"]:
+    """Focal loss summed over classes (Lin et al. 2017, Eq. 5), in float32 or better.
+
+    The sum of `sigmoid_focal_loss` with `one_hot_labels`, in a third of the passes over the logits: every class is
+    taken as a negative, but for each anchor's own, whose logit is replaced by one that costs nothing.
+
+    Args:
+        logits: before the sigmoid, finite.
+        labels: class of each anchor; below 0 (BACKGROUND, IGNORED): none is right.
+        alpha: weight of the positive class; the negatives get 1 - alpha.
+        gamma: exponent of the modulating factor.
+    """
+    logits = _at_least_float32(logits)
+    right, index = labels >= 0, labels.clamp(min=0)[..., None]
+    own = logits.gather(-1, index)[..., 0]
+    others = logits.scatter(-1, index, torch.where(right, -torch.inf, own)[..., None])
+    negatives = (others.sigmoid() ** gamma * softplus(others, threshold=SOFTPLUS_LINEAR)).sum(dim=-1)
+    positive = (-own).sigmoid() ** gamma * softplus(-own, threshold=SOFTPLUS_LINEAR)
+    return (1 - alpha) * negatives + alpha * positive * right
 
 
 def giou_loss(

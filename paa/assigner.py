@@ -15,7 +15,7 @@ from torch import Tensor
 from core.anchors import AnchorGrid
 from core.boxes import box_iou, centres_inside, decode_deltas
 from core.geometry import MODERN, Geometry
-from core.losses import giou_loss, one_hot_labels, sigmoid_focal_loss
+from core.losses import giou_loss, summed_focal_loss
 from core.types import BACKGROUND, IGNORED, Assignment, Targets
 from paa.gmm import Mixture, Separation, split_candidates
 from paa.profiles import PAA_PROFILES, LowQualityRule, PaaProfile, Scheme
@@ -185,6 +185,7 @@ def prematch(
     chunk = max(1, IOU_CHUNK // (batch * len(anchors)))
     nobody = torch.full((batch, len(anchors)), BACKGROUND, device=anchors.device)
     matches = Matches(torch.full_like(nobody, -1, dtype=anchors.dtype), nobody, nobody)
+    anchors = anchors.T.contiguous().T  # each coordinate in one piece, which pairs up in half the time
     for start in range(0, objects, chunk):
         boxes = targets.boxes[:, start : start + chunk, None]
         iou = box_iou(boxes, anchors, geometry).masked_fill(~targets.valid[:, start : start + chunk, None], -1)
@@ -199,9 +200,9 @@ def match_chunk(matches: Matches, iou: Float[Tensor, "B g A"], start: int) -> Ma
     value, index = iou.max(dim=1)
     better = value > matches.best_iou
     highest = iou.amax(dim=2, keepdim=True)
-    attains = (iou == highest) & (highest > 0)
-    number = torch.arange(start, start + iou.shape[1], device=iou.device)[:, None]
-    favourite_of = torch.where(attains, number, BACKGROUND).amax(dim=1)
+    highest = highest.masked_fill(highest <= 0, torch.inf)  # attained by none
+    number = torch.arange(start, start + iou.shape[1], device=iou.device, dtype=torch.int32)[:, None]
+    favourite_of = torch.where(iou == highest, number, BACKGROUND).amax(dim=1)
     return Matches(
         torch.where(better, value, matches.best_iou),
         torch.where(better & (value >= 0), index + start, matches.best_object),
@@ -242,7 +243,7 @@ def anchor_scores(
     """
     labels = _per_anchor(targets.labels, match, BACKGROUND)
     matched_boxes = _per_anchor(targets.boxes, match, 0)
-    class_loss = sigmoid_focal_loss(logits, one_hot_labels(labels, logits.shape[-1])).sum(dim=-1)
+    class_loss = summed_focal_loss(logits, labels)
     scores = class_loss + box_weight * giou_loss(boxes, matched_boxes, giou_eps, giou_floor)
     return scores.masked_fill(match < 0, torch.inf)
 

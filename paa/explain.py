@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor, nn
 
-from core.anchors import anchors_inside
 from core.boxes import box_iou, decode_deltas
 from core.data.table import Table
 from core.decisions import FIRST_LEVEL, OUTCOMES, Decision
 from core.errors import UserError
 from core.losses import giou_loss, one_hot_labels, sigmoid_focal_loss
 from core.types import Targets
-from paa.assigner import Details, explain_assignment
+from paa import losses
+from paa.assigner import Details
 from paa.config import Config
 from paa.losses import float32_outputs
 from paa.model import Outputs
@@ -64,7 +64,7 @@ def explain(outputs: Outputs, targets: Targets, config: Config) -> list[list[Dec
     """
     check_assigner(config)
     outputs = float32_outputs(outputs)
-    details = explain_batch(outputs, targets, config)
+    details = losses.explain(outputs, targets, config)
     return [
         [_decide(outputs, targets, details, config, image, int(index)) for index in valid.nonzero()[:, 0]]
         for image, valid in enumerate(targets.valid)
@@ -83,26 +83,6 @@ def pictures_of_run(config: Config, table: Table, device: torch.device) -> Calla
     from core.visualize import run_pictures  # with matplotlib, which other runs need not wait for
 
     return run_pictures(explain, SCORE_AXIS, table, config, device)
-
-
-def explain_batch(outputs: Outputs, targets: Targets, config: Config) -> Details:
-    """The assignment of `paa.losses.assign` with every stage that led to it."""
-    inside = anchors_inside(outputs.grid, targets.sizes) if config.switches.exclude_padding else None
-    return explain_assignment(
-        outputs.logits,
-        outputs.deltas,
-        outputs.grid,
-        targets,
-        geometry=config.box_geometry,
-        profile=config.rules,
-        clamp_both_sides=config.switches.clamp_both_sides,
-        topk=config.topk,
-        threshold=config.prematch_iou,
-        scheme=config.scheme,
-        fixed_number=config.fixed_number,
-        score_range=config.score_range,
-        anchor_valid=inside,
-    )
 
 
 def mixture_curves(gaussians: Gaussians, x: Float64[np.ndarray, " m"]) -> dict[str, Float64[np.ndarray, " m"]]:

@@ -1,7 +1,7 @@
 """PAA's training loss: outputs and targets to a dict of scalars (Eq. 8; spec section 5)."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -9,9 +9,9 @@ from core.anchors import anchors_inside
 from core.atss import assign_atss
 from core.boxes import box_iou, decode_deltas
 from core.distributed import sum_over_ranks, world_size
-from core.losses import centerness_target, giou_loss, one_hot_labels, sigmoid_focal_loss
+from core.losses import centerness_target, giou_loss, summed_focal_loss
 from core.types import IGNORED, Assignment, Targets
-from paa.assigner import assign_hard_iou, assign_paa
+from paa.assigner import Details, assign_hard_iou, explain_assignment
 from paa.config import Config
 from paa.model import Outputs
 
@@ -36,12 +36,16 @@ def assign(outputs: Outputs, targets: Targets, config: Config) -> Assignment:
 
     Anchors in the padding of the batch are ignored if the profile says so.
     """
-    inside = anchors_inside(outputs.grid, targets.sizes) if config.switches.exclude_padding else None
     if config.assigner == "atss":
-        return assign_atss(outputs.grid, targets, config.box_geometry, config.topk, inside)[0]
+        return assign_atss(outputs.grid, targets, config.box_geometry, config.topk, usable(outputs, targets, config))[0]
     if config.assigner == "hard_iou":
-        return assign_hard_iou(outputs.grid, targets, config.box_geometry, inside)
-    return assign_paa(
+        return assign_hard_iou(outputs.grid, targets, config.box_geometry, usable(outputs, targets, config))
+    return explain(outputs, targets, config).assignment
+
+
+def explain(outputs: Outputs, targets: Targets, config: Config) -> Details:
+    """Algorithm 1 with the configuration's profile, and every stage that led to its assignment."""
+    return explain_assignment(
         outputs.logits,
         outputs.deltas,
         outputs.grid,
@@ -54,8 +58,13 @@ def assign(outputs: Outputs, targets: Targets, config: Config) -> Assignment:
         scheme=config.scheme,
         fixed_number=config.fixed_number,
         score_range=config.score_range,
-        anchor_valid=inside,
+        anchor_valid=usable(outputs, targets, config),
     )
+
+
+def usable(outputs: Outputs, targets: Targets, config: Config) -> Bool[Tensor, "B A"] | None:
+    """Anchors that take part; None: all of them."""
+    return anchors_inside(outputs.grid, targets.sizes) if config.switches.exclude_padding else None
 
 
 def assigned_losses(outputs: Outputs, targets: Targets, assignment: Assignment, config: Config) -> dict[str, Tensor]:
@@ -69,8 +78,7 @@ def assigned_losses(outputs: Outputs, targets: Targets, assignment: Assignment, 
     weights = quality_targets(boxes.detach(), matched, outputs.grid.points, config) * positive
     count, weight_sum = normalisers(assignment, weights, config)
     class_count = count.clamp(min=len(positive)) if config.rules.count_images else count
-    classes = one_hot_labels(assignment.labels, outputs.logits.shape[-1])
-    focal = sigmoid_focal_loss(outputs.logits, classes) * (assignment.labels != IGNORED)[..., None]
+    focal = summed_focal_loss(outputs.logits, assignment.labels) * (assignment.labels != IGNORED)
     giou = giou_loss(boxes, matched, eps=config.rules.giou_eps, floor=config.rules.giou_floor)
     losses = {
         "loss_cls": focal.sum() / class_count,

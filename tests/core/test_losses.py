@@ -9,7 +9,14 @@ import torch.nn.functional as F
 import torchvision.ops
 from torch import Tensor
 
-from core.losses import centerness_target, giou_loss, iou_loss, one_hot_labels, sigmoid_focal_loss
+from core.losses import (
+    centerness_target,
+    giou_loss,
+    iou_loss,
+    one_hot_labels,
+    sigmoid_focal_loss,
+    summed_focal_loss,
+)
 from core.types import BACKGROUND, IGNORED
 from tests.conftest import golden_arrays
 from tests.core.operators import Recorder
@@ -86,6 +93,29 @@ def test_focal_is_finite_for_any_logit() -> None:
 
 
 # box losses
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_summed_focal_equals_the_sum_over_classes(gamma: float) -> None:
+    logits = torch.randn(3, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 8
+    labels = torch.tensor([-2, -1, 0, 1, 2, 3, 4]).expand(3, 7)
+    once, twice = (logits.clone().requires_grad_() for _ in range(2))
+    values = summed_focal_loss(once, labels, 0.3, gamma)
+    expected = sigmoid_focal_loss(twice, one_hot_labels(labels, 5), 0.3, gamma).sum(dim=-1)
+    torch.testing.assert_close(values, expected)
+    values.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(once.grad, twice.grad)
+
+
+def test_summed_focal_is_finite_for_any_logit() -> None:
+    logits = torch.tensor([-1e30, -200.0, 0, 200, 1e30]).repeat(3, 1).requires_grad_()
+    values = summed_focal_loss(logits, torch.tensor([-1, 0, 4]))
+    assert summed_focal_loss(logits[:0], torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    values.sum().backward()
+    assert logits.grad is not None
+    assert values.isfinite().all()
+    assert logits.grad.isfinite().all()
 
 
 def test_giou_by_hand() -> None:

@@ -14,6 +14,7 @@ from core.boxes import box_iou
 from core.geometry import GEOMETRIES, LEGACY
 from core.losses import giou_loss
 from core.types import BACKGROUND, IGNORED, Assignment, Targets
+from paa.assigner import Details
 from paa.config import Config
 from paa.losses import assign, assigned_losses, compute_losses, normalisers
 from paa.model import Outputs
@@ -203,11 +204,11 @@ def test_assignment_follows_the_configuration(monkeypatch: pytest.MonkeyPatch) -
     seen: dict[str, Any] = {}
     outputs, targets, assignment = tiny(Config(), [0])
 
-    def record(*args: Any, **options: Any) -> Assignment:
+    def record(*args: Any, **options: Any) -> Details:
         seen.update(options)
-        return assignment
+        return Details(assignment, *[None] * 8)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("paa.losses.assign_paa", record)
+    monkeypatch.setattr("paa.losses.explain_assignment", record)
     assign(outputs, targets, Config(topk=3, prematch_iou=0.3, scheme="b", geometry="legacy", profile="official"))
     assert (seen["topk"], seen["threshold"], seen["scheme"]) == (3, 0.3, "b")
     assert (seen["geometry"], seen["profile"]) == (LEGACY, PAA_PROFILES["official"])
