@@ -18,7 +18,7 @@ MAX_LOG_SIZE = math.log(1000 / 16)  # largest predicted log size ratio, Fast R-C
 
 def box_area(boxes: Float[Tensor, "*n 4"], geometry: Geometry = MODERN) -> Float[Tensor, " *n"]:
     """Area in square pixels; sides below 0 count as 0."""
-    sides = (boxes[..., 2:] - boxes[..., :2] + geometry.plus_one).clamp(min=0)
+    sides = _sides(boxes[..., :2], boxes[..., 2:], geometry)
     return sides[..., 0] * sides[..., 1]
 
 
@@ -34,10 +34,16 @@ def box_iou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*m 4"], geometry: Geomet
     """
     top_left = torch.maximum(a[..., :2], b[..., :2])
     bottom_right = torch.minimum(a[..., 2:], b[..., 2:])
-    sides = (bottom_right - top_left + geometry.plus_one).clamp(min=0)
+    sides = _sides(top_left, bottom_right, geometry)
     intersection = sides[..., 0] * sides[..., 1]
-    union = box_area(a, geometry) + box_area(b, geometry) - intersection
-    return intersection / union.clamp(min=1e-6)
+    union = box_area(a, geometry) + box_area(b, geometry).clamp(min=1e-6) - intersection
+    return intersection / union
+
+
+def _sides(low: Tensor, high: Tensor, geometry: Geometry) -> Tensor:
+    """Width and height, at least 0. No pass over the data for a constant of 0: pairs are many."""
+    sides = high - low
+    return (sides + geometry.plus_one if geometry.plus_one else sides).clamp(min=0)
 
 
 def encode_deltas(

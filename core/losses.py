@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
+CACHED_ROWS = 1024  # of logits, worked on together on a CPU: 80 classes of them are 320 kB
 SOFTPLUS_LINEAR = 40.0  # ln(1 + e^x) is x to float64 precision from here on
 TINY = 1e-12  # keeps a ratio of distances finite where a box has no area
 
@@ -55,9 +56,19 @@ def summed_focal_loss(
         gamma: exponent of the modulating factor.
     """
     logits = _at_least_float32(logits)
-    right, index = labels >= 0, labels.clamp(min=0)[..., None]
-    own = logits.gather(-1, index)[..., 0]
-    others = logits.scatter(-1, index, torch.where(right, -torch.inf, own)[..., None])
+    rows, labels_of_rows = logits.flatten(0, -2), labels.flatten()
+    # A CPU is several times faster on pieces that stay in its cache; a GPU wants one piece.
+    size = CACHED_ROWS if rows.device.type == "cpu" else max(1, len(rows))
+    pieces = zip(rows.split(size), labels_of_rows.split(size), strict=True)
+    return torch.cat([_summed_focal(*piece, alpha, gamma) for piece in pieces]).view(labels.shape)
+
+
+def _summed_focal(
+    logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"], alpha: float, gamma: float
+) -> Float[Tensor, " n"]:
+    right, index = labels >= 0, labels.clamp(min=0)[:, None]
+    own = logits.gather(-1, index)[:, 0]
+    others = logits.scatter(-1, index, torch.where(right, -torch.inf, own)[:, None])
     negatives = (others.sigmoid() ** gamma * softplus(others, threshold=SOFTPLUS_LINEAR)).sum(dim=-1)
     positive = (-own).sigmoid() ** gamma * softplus(-own, threshold=SOFTPLUS_LINEAR)
     return (1 - alpha) * negatives + alpha * positive * right

@@ -20,7 +20,8 @@ from core.types import BACKGROUND, IGNORED, Assignment, Targets
 from paa.gmm import Mixture, Separation, split_candidates
 from paa.profiles import PAA_PROFILES, LowQualityRule, PaaProfile, Scheme
 
-IOU_CHUNK = 1 << 21  # largest number of anchor-object IoUs held at once
+IOU_CHUNK = 1 << 21  # largest number of anchor-object IoUs held at once ...
+CACHED_IOUS = 1 << 18  # ... and on a CPU, which is twice as fast where they stay in its cache
 HARD_IOU, HARD_BACKGROUND = 0.5, 0.4  # RetinaNet, section 4: positive from, background below
 
 
@@ -182,16 +183,17 @@ def prematch(
     Note: an object whose largest IoU is 0 has no best anchors; the originals take all of its anchors.
     """
     batch, objects = targets.valid.shape
-    chunk = max(1, IOU_CHUNK // (batch * len(anchors)))
+    pairs = CACHED_IOUS if anchors.device.type == "cpu" else IOU_CHUNK
+    chunk = max(1, pairs // (batch * len(anchors)))
     nobody = torch.full((batch, len(anchors)), BACKGROUND, device=anchors.device)
     matches = Matches(torch.full_like(nobody, -1, dtype=anchors.dtype), nobody, nobody)
     anchors = anchors.T.contiguous().T  # each coordinate in one piece, which pairs up in half the time
     for start in range(0, objects, chunk):
         boxes = targets.boxes[:, start : start + chunk, None]
-        iou = box_iou(boxes, anchors, geometry).masked_fill(~targets.valid[:, start : start + chunk, None], -1)
+        exists = targets.valid[:, start : start + chunk, None]
         if anchor_valid is not None:
-            iou = iou.masked_fill(~anchor_valid[:, None], -1)
-        matches = match_chunk(matches, iou, start)
+            exists = exists & anchor_valid[:, None]
+        matches = match_chunk(matches, torch.where(exists, box_iou(boxes, anchors, geometry), -1.0), start)
     return resolve_matches(matches, threshold, low_quality)
 
 
