@@ -18,7 +18,7 @@ MAX_STEPS = 100  # of EM; scikit-learn's, as are the next three
 TOLERANCE = 1e-3  # a row stops when its mean log density moves by less
 VARIANCE_FLOOR = 1e-6  # added to each variance
 MASS_FLOOR = 10 * 2.0**-52  # added to each component's mass, the sum of its responsibilities
-BLOCK = 5  # EM steps between two looks at which rows have stopped; divides MAX_STEPS
+BLOCK = 10  # EM steps between two looks at which rows have stopped
 HALF_LOG_2PI = math.log(2 * math.pi) / 2
 
 
@@ -93,7 +93,9 @@ def split_candidates(
     outcome = separate(component, log_density, mask, scheme, first_component_only, all_without_first)
     count = valid.sum(dim=1, keepdim=True)
     positive = torch.where(count > 1, outcome.positive, mask & keep_single)
-    back = order.argsort(dim=1)
+    back = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     component, log_density, positive, ignored = (
         sorted_values.gather(1, back) for sorted_values in (component, log_density, positive, outcome.ignored)
     )
@@ -164,7 +166,7 @@ def _run_and_drop(
     """EM of the fitted rows in blocks; between them the rows that have stopped are set aside."""
     parameters, steps = parameters.clone(), torch.zeros(len(fitted), dtype=torch.int64)
     index, active = torch.arange(len(fitted)), fitted
-    for _ in range(0, MAX_STEPS, BLOCK):
+    for start in range(0, MAX_STEPS, BLOCK):
         remaining = active.nonzero()[:, 0]
         if len(remaining) == 0:
             break
@@ -172,7 +174,7 @@ def _run_and_drop(
             index = index[remaining]
             rows = _Rows(*(part.index_select(-1, remaining) for part in rows))
             state = _State(*(part.index_select(-1, remaining) for part in state))
-        state, parameters[:, index], taken, active = _run(rows, state, BLOCK)
+        state, parameters[:, index], taken, active = _run(rows, state, min(BLOCK, MAX_STEPS - start))
         steps[index] += taken
     return parameters, steps
 
