@@ -123,5 +123,6 @@ ATSS_PROFILES: dict[ProfileName, PaaProfile] = {
         threshold_on_class=True,
         top_over_pairs=True,
         rank_on_class=True,
+        drop_empty_boxes=True,
     ),
 }
