@@ -75,6 +75,16 @@ def anchor_grid(
     return AnchorGrid(boxes, points, tuple(shapes), tuple(strides))
 
 
+def anchor_strides(grid: AnchorGrid) -> Float[Tensor, " A"]:
+    """Stride of every anchor's level, pixels. No copy from the host."""
+    device = grid.boxes.device
+    levels = [
+        torch.full((size,), float(stride), device=device)
+        for size, stride in zip(grid.level_sizes, grid.strides, strict=True)
+    ]
+    return torch.cat(levels)
+
+
 def anchors_inside(grid: AnchorGrid, sizes: Int[Tensor, "B 2"]) -> Bool[Tensor, "B A"]:
     """Anchors whose cell lies in their image's own size rounded up to `SIZE_DIVISOR`, not in the batch's padding.
 

@@ -81,6 +81,16 @@ def decode_deltas(
     return torch.cat([centres - half, centres + half], dim=-1)
 
 
+def boxes_from_distances(points: Float[Tensor, "*#n 2"], distances: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*n 4"]:
+    """Boxes from points (x, y) and their distances (left, top, right, bottom) to the sides (FCOS, Eq. 1)."""
+    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+
+
+def distances_to_sides(points: Float[Tensor, "*#n 2"], boxes: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*n 4"]:
+    """Distances (left, top, right, bottom) of points to the sides of boxes; below 0 where a point lies outside."""
+    return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
+
+
 def clip_boxes(
     boxes: Float[Tensor, "B n 4"], sizes: Int[Tensor, "B 2"], geometry: Geometry = MODERN
 ) -> Float[Tensor, "B n 4"]:

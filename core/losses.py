@@ -4,10 +4,10 @@ Sums and normalisers stand in each method's own `losses.py`, where its equation 
 """
 
 import torch
+import torch.nn.functional as F
 import torchvision.ops
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import softplus
 
 CACHED_ROWS = 1024  # of logits, worked on together on a CPU: 80 classes of them are 320 kB
 SOFTPLUS_LINEAR = 40.0  # ln(1 + e^x) is x to float64 precision from here on
@@ -69,9 +69,80 @@ def _summed_focal(
     right, index = labels >= 0, labels.clamp(min=0)[:, None]
     own = logits.gather(-1, index)[:, 0]
     others = logits.scatter(-1, index, torch.where(right, -torch.inf, own)[:, None])
-    negatives = (others.sigmoid() ** gamma * softplus(others, threshold=SOFTPLUS_LINEAR)).sum(dim=-1)
-    positive = (-own).sigmoid() ** gamma * softplus(-own, threshold=SOFTPLUS_LINEAR)
+    negatives = (others.sigmoid() ** gamma * F.softplus(others, threshold=SOFTPLUS_LINEAR)).sum(dim=-1)
+    positive = (-own).sigmoid() ** gamma * F.softplus(-own, threshold=SOFTPLUS_LINEAR)
     return (1 - alpha) * negatives + alpha * positive * right
+
+
+def quality_focal_loss(
+    logits: Float[Tensor, "*n"], targets: Float[Tensor, "*n"], beta: float = 2.0
+) -> Float[Tensor, "*n"]:
+    """Quality focal loss per element, |q - p|^beta * BCE(p, q) (Li et al. 2020, GFL, Eq. 2); p = sigmoid(logit).
+
+    Args:
+        logits: before the sigmoid, of any size.
+        targets: q in [0, 1]: the quality of a positive in its class's column, 0 elsewhere. It gets no gradient.
+        beta: exponent of the modulating factor.
+
+    Returns:
+        Values with a gradient through both factors. At q = 0 they are p^beta * -ln(1 - p).
+    """
+    logits, targets = _at_least_float32(logits), targets.detach()
+    return (targets - logits.sigmoid()).abs().pow(beta) * F.binary_cross_entropy_with_logits(
+        logits, targets.to(logits.dtype), reduction="none"
+    )
+
+
+def quality_focal_loss_of_scores(
+    scores: Float[Tensor, "*n"], targets: Float[Tensor, "*n"], beta: float = 2.0
+) -> Float[Tensor, "*n"]:
+    """`quality_focal_loss` of scores in [0, 1] instead of logits, as GFLV2's joint scores are.
+
+    Logarithms are bounded by -100, torch's rule, so that a score of exactly 0 or 1 stays finite.
+    """
+    scores, targets = _at_least_float32(scores), targets.detach()
+    return (targets - scores).abs().pow(beta) * F.binary_cross_entropy(
+        scores, targets.to(scores.dtype), reduction="none"
+    )
+
+
+def varifocal_loss(
+    logits: Float[Tensor, "*n"],
+    targets: Float[Tensor, "*n"],
+    positive: Bool[Tensor, "*#n"],
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+) -> Float[Tensor, "*n"]:
+    """Varifocal loss per element (Zhang et al. 2021, VarifocalNet, Eq. 2).
+
+    Args:
+        logits: before the sigmoid, of any size.
+        targets: q in [0, 1]: the quality of a positive in its class's column, 0 elsewhere. It gets no gradient.
+        positive: the elements that are a positive's own class; also with q = 0, where their loss is 0.
+        alpha: weight of the negatives.
+        gamma: exponent of the negatives' modulating factor.
+
+    Returns:
+        q * BCE(p, q) where positive, alpha * p^gamma * -ln(1 - p) elsewhere, with a gradient through both factors.
+    """
+    logits, targets = _at_least_float32(logits), targets.detach()
+    targets = targets.to(logits.dtype)
+    weight = torch.where(positive, targets, alpha * logits.sigmoid().pow(gamma))
+    return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def distribution_focal_loss(logits: Float[Tensor, "*n bins"], targets: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Distribution focal loss per side (Li et al. 2020, GFL, Eq. 6): cross entropy with the two bins around the target.
+
+    Args:
+        logits: of the bins 0 ... n, before the softmax.
+        targets: y in [0, n), in bins; the lower bin gets weight floor(y) + 1 - y, the upper one the rest.
+    """
+    logits = _at_least_float32(logits)
+    low = targets.floor()
+    index = low.long()[..., None]
+    both = logits.log_softmax(dim=-1).gather(-1, torch.cat([index, index + 1], dim=-1))
+    return -(both[..., 0] * (low + 1 - targets) + both[..., 1] * (targets - low))
 
 
 def giou_loss(
