@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nox
 
-METHODS = ("paa",)
+METHODS = ("paa", "dynamic_atss")
 PACKAGES = ("core", *METHODS, "benchmarks")
 UNTRACED = ("-p", "no:jaxtyping", "-o", "addopts=-q --strict-markers")  # torch.compile cannot trace jaxtyping's checks
 
