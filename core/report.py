@@ -4,6 +4,7 @@ Published numbers are a method's `results.yaml`. A measured number stands in a r
 that row's, field by field; every other run is listed below the tables with what makes it another one.
 """
 
+import argparse
 import dataclasses
 import json
 import re
@@ -303,15 +304,14 @@ def summary(values: Sequence[float], metric: str) -> str:
 
 def others_table(others: Sequence[Measurement], presets: Mapping[str, TrainConfig], published: Published) -> str:
     """Runs that answer no row, with what makes them different from the preset they began as."""
-    header = ["run", "preset", "data", "AP", "AP50", "AP75", "IoU error", "differs"]
+    metrics = ["AP", "AP50", "AP75", *(["iou_error"] if any("iou_error" in one.values for one in others) else [])]
+    header = ["run", "preset", "data", *(METRICS[metric][0] for metric in metrics), "differs"]
     rows = []
     for one in others:
-        cells = [
-            summary([one.values[m]], m) if m in one.values else NO_CELL for m in ("AP", "AP50", "AP75", "iou_error")
-        ]
+        cells = [summary([one.values[m]], m) if m in one.values else NO_CELL for m in metrics]
         data = f"{one.data} {one.split}{', multi-scale test' if one.tta else ''}"
         rows.append([f"`{one.run}`", f"`{one.config.preset}`", data, *cells, _why(one, presets, published)])
-    return markdown(header, rows, right=range(3, 7))
+    return markdown(header, rows, right=range(3, len(header) - 1))
 
 
 def _why(one: Measurement, presets: Mapping[str, TrainConfig], published: Published) -> str:
@@ -366,6 +366,39 @@ def report_parser(method: str) -> OneLineParser:
         "--trim", action="store_true", help="keep the 100 best detections of each image, drop the others"
     )
     return parser
+
+
+def check_modes(arguments: argparse.Namespace, more: Mapping[str, object] | None = None) -> None:
+    """UserError where a command line of `report_parser` mixes the things that the command does, or lacks a part of one.
+
+    Args:
+        arguments: of the command line.
+        more: values of a method's own flags that choose something else to do, by the flag's name.
+    """
+    modes = {"RUN_DIR": arguments.runs, "--submission": arguments.submission, **(more or {})}
+    given = [name for name, value in modes.items() if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} do not go together; run the command once for each")
+    of_submission = {"--image-info": arguments.image_info, "--name": arguments.name, "--trim": arguments.trim}
+    for name, value in of_submission.items():
+        if value and not arguments.submission:
+            raise UserError(f"{name} belongs to --submission DETECTIONS.json")
+        if not value and arguments.submission and name != "--trim":
+            raise UserError(f"--submission needs {name} too")
+
+
+def submit(arguments: argparse.Namespace, method: str, published: Published) -> None:
+    """Write the zip for COCO's test-dev server, then say what it is good for."""
+    from core.submission import write_submission
+
+    out = write_submission(
+        arguments.submission, arguments.image_info, arguments.name, arguments.out, trim=arguments.trim
+    )
+    print(f"written to {out}\n{CLOSED_NOTE}")
+    for table in published.tables:
+        if table.split == "test-dev":
+            print(f"\n{table.title}:\n\n{published_table(table, [[]] * len(table.rows))}", end="")
+    print(f"\npython -m {method}.report tells what the letters stand for")
 
 
 def print_report(
