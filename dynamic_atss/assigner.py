@@ -85,7 +85,7 @@ def explain_assignment(
     anchor_valid: Bool[Tensor, "B A"] | None = None,
 ) -> Details:
     """`assign_combined` with everything that led to the assignment; same arguments."""
-    if min(pred_weight, anchor_weight) < 0 or pred_weight == anchor_weight == 0:
+    if pred_weight < 0 or anchor_weight < 0 or pred_weight + anchor_weight == 0:
         raise ValueError(f"weights must be at least 0 and not both 0, got {pred_weight} and {anchor_weight}")
     candidates = atss_candidates(grid, targets.boxes, targets.valid, geometry, k, anchor_valid)
     index, valid = candidates.anchor_index, candidates.valid

@@ -61,9 +61,9 @@ class Config(TrainConfig):
 
     def weights_at(self, step: int, steps: int) -> tuple[float, float]:
         """w_p and w_a of a step, counted from 1 (Table 3): D_up = step / steps, D_down = 1 - step / steps."""
-        progress = step / steps
-        rising = progress if self.pred_schedule == "up" else 1.0
-        falling = 1 - progress if self.anchor_schedule == "down" else 1.0
+        # constant weights never touch the step: a compiled criterion would be traced again for every value of it
+        rising = step / steps if self.pred_schedule == "up" else 1.0
+        falling = 1 - step / steps if self.anchor_schedule == "down" else 1.0
         return self.pred_weight * rising, self.anchor_weight * falling
 
 
