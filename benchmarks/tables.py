@@ -11,19 +11,27 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from core import cli
 from core.complexity import Complexity, model_complexity
+from core.config import TrainConfig
+from core.configfile import ConfigType
 from core.errors import UserError, nearest
-from paa.config import PRESETS, Config
+from dynamic_atss.config import PRESETS as DYNAMIC_PRESETS
+from dynamic_atss.config import Config as DynamicConfig
+from dynamic_atss.model import DynamicATSS
+from paa.config import PRESETS as PAA_PRESETS
+from paa.config import Config as PAAConfig
 from paa.model import PAA
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "paa/README.md")
+PAGES = ("README.md", "paa/README.md", "dynamic_atss/README.md")
 MARKED = re.compile(r"(?P<head><!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<tail><!-- end -->)", re.DOTALL)
 NOT_MEASURED = "not measured"
 
@@ -103,16 +111,37 @@ ABLATION_ROWS = (
 )
 
 
+DYNAMIC_ROWS = (
+    ("atss", "ATSS: focal loss, centre-ness"),
+    ("combined", "Combined IoUs"),
+    ("combined_qfl", "Combined IoUs, quality focal loss"),
+    ("combined_qfl_iou", "Combined IoUs, quality focal loss, IoU branch: the default"),
+    ("predicted_only", "predicted IoUs only"),
+    ("up_down", "predicted IoUs weighted by D_up, anchor IoUs by D_down"),
+)
+
+
 def ablation_table(results: Path) -> str:
-    """The paper's ablations at a budget of minutes, each row's AP beside the first one's."""
-    result = read_result(results / "bccd_ablations.json")
+    """Rows of PAA's paper at a budget of minutes."""
+    return beside_first(results, "bccd_ablations.json", ABLATION_ROWS)
+
+
+def dynamic_table(results: Path) -> str:
+    """Rows of Dynamic ATSS's paper at a budget of minutes."""
+    return beside_first(results, "dynamic_bccd.json", DYNAMIC_ROWS)
+
+
+def beside_first(results: Path, file: str, names: Sequence[tuple[str, str]]) -> str:
+    """Each row's AP beside the first one's, then training and licence of all; `names` are (detector, label)."""
+    result = read_result(results / file)
+    base = names[0][0]
     rows = []
-    for key, label in ABLATION_ROWS:
-        _, _, *cells = detector_row(results, "bccd_ablations.json", key, label)
-        rows.append([label, *cells, difference(result, key, "paa")])
+    for key, label in names:
+        _, _, *cells = detector_row(results, file, key, label)
+        rows.append([label, *cells, difference(result, key, base)])
     note = ""
     if result:
-        training = result["detectors"]["paa"]["training"]
+        training = result["detectors"][base]["training"]
         note = f"\nEach: {training}, preset `small` otherwise. {result['licence_note']}\n"
     return markdown(["row", "AP", "AP50", "AP75", "seeds", "AP beside the first row"], rows) + note
 
@@ -135,29 +164,81 @@ def difference(result: dict[str, Any] | None, key: str, base: str) -> str:
     return f"{gap:+.1f}" if abs(gap) >= times * error else f"{gap:+.1f}, not separable"
 
 
+RECIPE_HEADER = ("backbone", "deformable", "steps of images", "short side", "learning rate")
+SIZE_HEADER = ("parameters", "trained", "GFLOPs")
+
+
 def presets_table(results: Path) -> str:
     """Every named run of PAA with the size of its model; the numbers are counted, not measured."""
-    header = ["preset", "backbone", "deformable", "steps of images", "short side", "learning rate", "parameters"]
-    header += ["trained", "GFLOPs"]
-    sizes: dict[Any, Complexity] = {}
+
+    def head(config: PAAConfig) -> Hashable:
+        return config.quality == "none"
+
+    rows = [
+        [f"`{name}`", *preset_cells(PAA_PRESETS[name]), *size_cells(size)]
+        for name, size in sizes_of(PAA_PRESETS, PAA, head).items()
+    ]
+    return markdown(["preset", *RECIPE_HEADER, *SIZE_HEADER], rows)
+
+
+def dynamic_presets_table(results: Path) -> str:
+    """Every named run of Dynamic ATSS and its hosts with the size of its model."""
+
+    def head(config: DynamicConfig) -> Hashable:
+        return config.host
+
     rows = []
-    for name, config in PRESETS.items():
-        architecture = (config.backbone, config.norm, config.channels, config.dcn_stages, config.quality == "none")
-        key = (*architecture, config.short_side, config.frozen_stages)
-        if key not in sizes:
-            sizes[key] = model_complexity(config, PAA)
-        rows.append([f"`{name}`", *preset_cells(config), *size_cells(sizes[key])])
-    return markdown(header, rows)
+    for name, size in sizes_of(DYNAMIC_PRESETS, DynamicATSS, head).items():
+        config = DYNAMIC_PRESETS[name]
+        rows.append([f"`{name}`", *method_cells(config), *preset_cells(config), *size_cells(size)])
+    return markdown(["preset", "host", "assignment by", "class loss, branch", *RECIPE_HEADER, *SIZE_HEADER], rows)
 
 
-def preset_cells(config: Config) -> list[str]:
+def method_cells(config: DynamicConfig) -> list[str]:
+    """Host, what its assignment compares (A: anchor's IoU, P: predicted IoU), and the ATSS host's losses."""
+    terms = (
+        (config.pred_weight, "D_up " * (config.pred_schedule == "up"), "P"),
+        (config.anchor_weight, "D_down " * (config.anchor_schedule == "down"), "A"),
+    )
+    compared = " + ".join(
+        f"{'' if weight == 1 else f'{weight:g} '}{schedule}{iou}" for weight, schedule, iou in terms if weight
+    )
+    losses = f"{config.class_loss}, {config.quality}" if config.host == "atss" else "-"
+    return [config.host, compared, losses]
+
+
+def sizes_of(
+    presets: Mapping[str, ConfigType],
+    model: Callable[[ConfigType, int], nn.Module],
+    head: Callable[[ConfigType], Hashable],
+) -> dict[str, Complexity]:
+    """The size of each preset's model; those of equal architecture are counted once.
+
+    Args:
+        presets: of a method.
+        model: its network.
+        head: what else than backbone and width makes its networks differ.
+    """
+    counted: dict[Hashable, Complexity] = {}
+    sizes = {}
+    for name, config in presets.items():
+        body = (config.backbone, config.norm, config.frozen_stages, config.channels, config.dcn_stages)
+        key = (*body, config.dcn_tower, config.short_side, config.long_side, head(config))
+        if key not in counted:
+            counted[key] = model_complexity(config, model)
+        sizes[name] = counted[key]
+    return sizes
+
+
+def preset_cells(config: TrainConfig) -> list[str]:
     """Backbone and recipe of a preset."""
+    length = f"{config.epochs:g} epochs" if config.steps is None else f"{config.steps:,}"
     stages = "".join(f"C{stage} " for stage in config.dcn_stages) + ("towers" if config.dcn_tower else "")
     side = f"{config.short_side_min}-{config.short_side}" if config.short_side_min else str(config.short_side)
     return [
         config.backbone,
         stages or "-",
-        f"{config.steps:,} of {config.batch_size}",
+        f"{length} of {config.batch_size}",
         side,
         f"{config.learning_rate:g}",
     ]
@@ -203,6 +284,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "ablations": ablation_table,
     "bccd": bccd_table,
     "coco": coco_table,
+    "dynamic-bccd": dynamic_table,
+    "dynamic-presets": dynamic_presets_table,
     "presets": presets_table,
     "quick": quick_table,
     "speed": speed_table,

@@ -1,5 +1,7 @@
 """What a run leaves behind for people: log.jsonl, the progress bar, curves.png, metrics.json, environment.json."""
 
+import io
+import itertools
 import json
 import math
 import os
@@ -18,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from core.errors import UserError
+from core.files import replace_file
 
 LOG = "log.jsonl"
 MACHINE_FIELDS = (
@@ -239,27 +242,42 @@ def draw_term(rows: Sequence[Mapping[str, Any]], name: str, path: Path, title: s
         path: the picture, replaced as a whole.
         title: above it.
     """
+    draw_term_of_runs({"": rows}, name, path, title)
+
+
+def draw_term_of_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str, path: Path, title: str) -> None:
+    """The same logged number of several runs, smoothed, with each run's name.
+
+    Args:
+        runs: rows of the log by the run's name; rows without a number leave a gap. A single run needs no name.
+        name: key of the number.
+        path: the picture, replaced as a whole.
+        title: above it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps = [row["step"] for row in rows]
-    values = [row[name] if row.get(name) is not None else math.nan for row in rows]
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(steps, values, color=COLOURS[0], alpha=0.3, linewidth=0.9)
-    axes.plot(steps, _smooth(values), color=COLOURS[0], linewidth=2)
+    for (run, rows), colour in zip(runs.items(), itertools.cycle(COLOURS), strict=False):
+        steps = [row["step"] for row in rows]
+        values = [row[name] if row.get(name) is not None else math.nan for row in rows]
+        axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.9)
+        axes.plot(steps, _smooth(values), color=colour, linewidth=2, label=run)
     _style(axes, title)
     axes.set_xlabel("step")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
+    if len(runs) > 1:
+        axes.legend(frameon=False, fontsize=9)
     _save_figure(figure, path)
 
 
 def _save_figure(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, dpi=140, format="png")
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=140, format="png")
+    replace_file(path, picture.getvalue())
 
 
 def _plot_losses(axes: Any, train: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:

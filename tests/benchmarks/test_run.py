@@ -1,13 +1,16 @@
 """Comparisons: what is kept of a run, and that a comparison which was cut off goes on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import run
+from core import cli
 from core.errors import UserError
+from dynamic_atss.config import PRESETS
 
 DETECTOR = run.Detector("2 x 1 images", ("x.train --seed {seed} --out {out}",), "{out}/metrics.json")
 
@@ -65,6 +68,34 @@ def test_kept_commands_name_no_machine_folder() -> None:
     kept = run.recorded(run.COMPARISONS["bccd-fcos"].detectors["paa"], seed=2)
     assert kept[0].startswith("python -m paa.train --data $ANCHORAGE_SHARED/data/bccd.yaml")
     assert kept[0].endswith("--seed 2 --out OUT")
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("atss", "atss_r50_1x"),
+        ("combined", "combined"),
+        ("combined_qfl", "combined_qfl"),
+        ("combined_qfl_iou", "r50_1x"),
+        ("predicted_only", "predicted_only"),
+        ("up_down", "weights_up_down"),
+    ],
+)
+def test_rows_of_dynamic_atss_are_those_of_its_paper(name: str, preset: str) -> None:
+    """The flags of each row set what the preset of the paper's row sets; all else is equal among the rows."""
+    detectors = run.COMPARISONS["dynamic-bccd"].detectors
+    words = detectors[name].commands[0].replace("{seed}", "0").split()
+    assert words[0] == "dynamic_atss.train"
+    config = cli.parse_config(PRESETS, "dynamic_atss", "", words[1:])
+    base = cli.parse_config(
+        PRESETS, "dynamic_atss", "", detectors["atss"].commands[0].replace("{seed}", "0").split()[1:]
+    )
+    method = ("host", "pred_weight", "pred_schedule", "anchor_weight", "anchor_schedule", "class_loss", "quality")
+    assert {field: getattr(config, field) for field in method} == {
+        field: getattr(PRESETS[preset], field) for field in method
+    }
+    assert replace(base, **{field: getattr(config, field) for field in method}) == config
+    assert (config.preset, config.steps, config.batch_size, config.precision) == ("small", 240, 8, "bf16")
 
 
 def test_words_are_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
+from benchmarks.run import COMPARISONS
 from core.errors import UserError
+from dynamic_atss.config import PRESETS as DYNAMIC_PRESETS
 from paa.config import PRESETS
 
+COUNTED = {"presets", "dynamic-presets"}  # not measured
 PAGE = "before\n<!-- table: quick -->\nold\n<!-- end -->\nafter\n"
 
 
@@ -34,27 +37,47 @@ def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     assert "| 40.0 | 75.0 | 50.0 | 1 |" in tables.quick_table(tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted(tables.TABLES.keys() - {"presets"}))  # those are counted, not measured
+@pytest.mark.parametrize("name", sorted(tables.TABLES.keys() - COUNTED))
 def test_missing_results_say_not_measured(name: str, tmp_path: Path) -> None:
     assert "not measured" in tables.TABLES[name](tmp_path)
 
 
-def test_ablations_within_noise_are_called_so(tmp_path: Path) -> None:
-    # Standard error sqrt(.02^2 / 2 + .02^2 / 2) = .02; with 2 degrees of freedom 4.303 of them are .086.
+def write_ablations(path: Path, **ap: float) -> None:
+    """Two seeds of each detector, 2 points of AP apart from their mean."""
     detectors = {
         key: {
             "training": "some steps",
             "runs": [{"seed": 0}, {"seed": 1}],
-            "mean": {"AP": ap, "AP50": 0.5, "AP75": 0.5},
+            "mean": {"AP": mean, "AP50": 0.5, "AP75": 0.5},
             "std": {"AP": 0.02, "AP50": 0.0, "AP75": 0.0},
         }
-        for key, ap in {"paa": 0.4, "scheme_a": 0.48, "no_quality": 0.31}.items()
+        for key, mean in ap.items()
     }
-    (tmp_path / "bccd_ablations.json").write_text(json.dumps({"detectors": detectors, "licence_note": "free"}))
+    path.write_text(json.dumps({"detectors": detectors, "licence_note": "free"}))
+
+
+def test_ablations_within_noise_are_called_so(tmp_path: Path) -> None:
+    # Standard error sqrt(.02^2 / 2 + .02^2 / 2) = .02; with 2 degrees of freedom 4.303 of them are .086.
+    write_ablations(tmp_path / "bccd_ablations.json", paa=0.4, scheme_a=0.48, no_quality=0.31)
     table = tables.ablation_table(tmp_path)
     assert "| scheme (a) | 48.0 ± 2.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 2 | +8.0, not separable |" in table
     assert "| without IoU prediction | 31.0 ± 2.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 2 | -9.0 |" in table
     assert "| scheme (b) | not measured | not measured | not measured | not measured | not measured |" in table
+
+
+def test_rows_of_dynamic_atss_stand_beside_atss(tmp_path: Path) -> None:
+    write_ablations(tmp_path / "dynamic_bccd.json", atss=0.4, combined=0.41, predicted_only=0.3)
+    lines = tables.dynamic_table(tmp_path).splitlines()
+    assert lines[2].endswith("| 40.0 ± 2.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 2 |  |")
+    assert lines[3] == "| Combined IoUs | 41.0 ± 2.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 2 | +1.0, not separable |"
+    assert lines[4].endswith("| not measured | not measured |")
+    assert lines[6] == "| predicted IoUs only | 30.0 ± 2.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 2 | -10.0 |"
+    assert lines[-1] == "Each: some steps, preset `small` otherwise. free"
+
+
+def test_every_row_of_a_comparison_is_shown() -> None:
+    for name, rows in (("bccd-ablations", tables.ABLATION_ROWS), ("dynamic-bccd", tables.DYNAMIC_ROWS)):
+        assert sorted(key for key, _ in rows) == sorted(COMPARISONS[name].detectors)
 
 
 def test_preset_sizes() -> None:
@@ -62,6 +85,31 @@ def test_preset_sizes() -> None:
     assert "| `r50_1x` | resnet50 | - | 90,000 of 16 | 800 | 0.01 | 32,295,322 | 32,069,978 |" in rows[3]
     assert "| `r101_dcn_2x_ms` | resnet101 | C3 C4 C5 towers | 180,000 of 16 | 640-800 | 0.01 |" in rows[6]
     assert len(rows) == 2 + len(PRESETS)
+
+
+def test_preset_sizes_of_dynamic_atss() -> None:
+    rows = {line.split("`")[1]: line for line in tables.dynamic_presets_table(Path()).splitlines()[2:]}
+    assert set(rows) == set(DYNAMIC_PRESETS)
+    # totals of spec section 7; trained are all but stem and C2, 225,344 less
+    assert (
+        "| gflv2 | P + A | - | resnet50 | - | 12 epochs of 16 | 800 | 0.01 | 32,441,946 | 32,216,602 |"
+        in (rows["gflv2_combined_r50_1x"])
+    )
+    assert (
+        "| vfnet | A | - | resnet50 | - | 12 epochs of 16 | 800 | 0.01 | 32,891,554 | 32,666,210 |"
+        in (rows["vfnet_r50_1x"])
+    )
+    assert (
+        "| atss | A | focal, centerness | resnet50 | - | 90,000 of 16 | 800 | 0.01 | 32,295,322 |"
+        in (rows["atss_r50_1x"])
+    )
+    for name, compared in (
+        ("predicted_only", "P"),
+        ("weights_0p5_1", "0.5 P + A"),
+        ("weights_1_1p5", "P + 1.5 A"),
+        ("weights_up_down", "D_up P + D_down A"),
+    ):
+        assert f"| atss | {compared} | focal, centerness |" in rows[name]
 
 
 def write_speed(results: Path, threads: int, *rows: dict[str, object]) -> None:

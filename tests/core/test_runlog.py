@@ -12,7 +12,7 @@ from PIL import Image
 
 from core import runlog
 from core.errors import UserError
-from core.runlog import RunLog, cut_log, draw_curves, environment, read_log, write_json
+from core.runlog import RunLog, cut_log, draw_curves, draw_term_of_runs, environment, read_log, write_json
 
 
 def open_log(folder: Path, step: int = 0, **changes: bool) -> RunLog:
@@ -119,3 +119,16 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     with open_log(tmp_path, tensorboard=True) as log:
         log.train(1, {"loss": 1.0, "lr": 0.1})
     assert any((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("lengths", [(0,), (1,), (200,), (1, 200), (3, 3, 3, 3, 3, 3, 3)])
+def test_a_term_of_any_number_of_runs(lengths: tuple[int, ...], tmp_path: Path) -> None:
+    runs: dict[str, list[dict[str, object]]] = {
+        f"run {place}": [{"step": step, "loss_box": None if step == 7 else 1 / step} for step in range(1, length + 1)]
+        for place, length in enumerate(lengths)
+    }
+    path = tmp_path / "new" / "term.png"  # the folder is made
+    draw_term_of_runs(runs, "loss_box", path, "toy")
+    with Image.open(path) as picture:
+        assert picture.size == (980, 560)
+    assert [part.name for part in path.parent.iterdir()] == ["term.png"]
