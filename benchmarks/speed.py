@@ -4,8 +4,8 @@
     python -m benchmarks.speed paa-mixture atss                             # some
     python -m benchmarks.speed --out benchmarks/results/speed.json          # kept for the README's table
 
-Each line shows both times, how many times faster ours is, and how many are wanted; or megabytes and how many are
-allowed. Compare only times of one run.
+Each line shows both times, how many times faster ours is, and how many are wanted; or megabytes, or a share of a
+training step, and how much is allowed. Compare only times of one run.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.annotations_speed import measure as measure_annotations
 from benchmarks.atss_speed import atss_case
+from benchmarks.dynamic_speed import dynamic_added_case, dynamic_assign_case, dynamic_memory_case
 from benchmarks.evaluator_speed import evaluator_case, voting_case
 from benchmarks.mixture_speed import mixture_case
 from benchmarks.paa_memory import paa_memory_case
@@ -49,6 +50,19 @@ class Peak(TypedDict):
     what: str  # the work done
     peak_mb: float  # the most it took above what was there before
     limit_mb: float  # the most it may take
+    details: dict[str, Any]  # all that was measured
+
+
+@final
+class Share(TypedDict):
+    """What a part adds to the time of the whole."""
+
+    name: str
+    what: str  # part and whole
+    added_ms: float
+    step_ms: float  # of the whole
+    share: float  # added_ms in percent of step_ms
+    limit: float  # the most percent wanted
     details: dict[str, Any]  # all that was measured
 
 
@@ -95,6 +109,25 @@ def atss() -> list[Row]:
     return [row(atss_case(), "anchors x objects matrices", 10)]
 
 
+def dynamic_assign() -> list[Row]:
+    """Combined IoUs with sparse candidates."""
+    return [row(dynamic_assign_case(), "anchors x objects matrices", 10)]
+
+
+def dynamic_memory() -> list[Peak]:
+    """Memory of Combined IoUs with 5,000 objects in an image."""
+    case = dynamic_memory_case()
+    return [Peak(name=case["name"], what=case["what"], peak_mb=case["peak_mb"], limit_mb=1000, details=case)]
+
+
+def dynamic_added() -> list[Share]:
+    """What Combined IoUs add to ATSS's assignment, beside a training step."""
+    case = dynamic_added_case()
+    added, step = case["added_ms"], case["step_ms"]
+    name, what = case["name"], case["what"]
+    return [Share(name=name, what=what, added_ms=added, step_ms=step, share=case["share"], limit=3, details=case)]
+
+
 def evaluator() -> list[Row]:
     """COCO metrics as `core.evaluator` computes them by default."""
     case: dict[str, Any] = evaluator_case()
@@ -123,22 +156,32 @@ def annotations() -> list[Row]:
     return [row(case | first | reference, "pycocotools", 2), row(case | later | reference, "pycocotools", 100)]
 
 
-BENCHMARKS: dict[str, Callable[[], list[Row] | list[Peak]]] = {
+BENCHMARKS: dict[str, Callable[[], list[Row] | list[Peak] | list[Share]]] = {
     "paa-mixture": mixture,
     "paa-loss": paa_loss,
     "paa-memory": paa_memory,
     "atss": atss,
+    "dynamic-assign": dynamic_assign,
+    "dynamic-memory": dynamic_memory,
+    "dynamic-added": dynamic_added,
     "voting": voting,
     "evaluator": evaluator,
     "annotations": annotations,
 }
 
 
-def line(result: Row | Peak) -> str:
-    """A row as printed: work, both times, ratio and target, and what is wrong; or work, megabytes and limit."""
+def line(result: Row | Peak | Share) -> str:
+    """A row as printed: work, both times, ratio and target, and what is wrong; or work, megabytes or share, limit."""
     if "peak_mb" in result:
         verdict = "" if result["peak_mb"] <= result["limit_mb"] else ", MISSED"
         return f"{result['what']}\n    {result['peak_mb']:.0f} MB, at most {result['limit_mb']:g} wanted{verdict}"
+    if "share" in result:
+        verdict = "" if result["share"] <= result["limit"] else ", MISSED"
+        return (
+            f"{result['what']}\n"
+            f"    {result['added_ms']:.1f} ms of {result['step_ms']:.0f} ms: {result['share']:.2f} %, "
+            f"at most {result['limit']:g} % wanted{verdict}"
+        )
     verdict = "" if result["ratio"] >= result["target"] else ", MISSED"
     verdict += ", DIFFERENT RESULTS" if result["equal"] is False else ""
     return (
@@ -157,7 +200,7 @@ def main() -> None:
     for name in options.names:
         if name not in BENCHMARKS:
             raise UserError(f"no benchmark named {name!r}{nearest(name, BENCHMARKS)}")
-    rows: list[Row | Peak] = []
+    rows: list[Row | Peak | Share] = []
     for name in options.names or BENCHMARKS:
         for result in BENCHMARKS[name]():
             print(f"{name}: {line(result)}", flush=True)
