@@ -250,15 +250,17 @@ def size_cells(size: Complexity) -> list[str]:
 
 
 def speed_table(results: Path) -> str:
-    """What `benchmarks.speed` measured, one row for each comparison; then one for each measurement of memory."""
+    """What `benchmarks.speed` measured: comparisons, then memory, then shares of a training step."""
     result = read_result(results / "speed.json")
     if result is None:
         return f"{NOT_MEASURED}\n"
     times = [speed_cells(row) for row in result["rows"] if "ratio" in row]
     peaks = [memory_cells(row) for row in result["rows"] if "peak_mb" in row]
+    shares = [share_cells(row) for row in result["rows"] if "share" in row]
     tables = [
         markdown(["what", "compared with", "its ms", "our ms", "times faster", "wanted"], times) if times else "",
         markdown(["what", "MB at most", "wanted"], peaks) if peaks else "",
+        markdown(["what", "its ms", "the step's ms", "% of the step", "wanted"], shares) if shares else "",
         f"{result['device']}, {plural(result['threads'], 'thread')} where a row does not say otherwise.\n",
     ]
     return "\n".join(table for table in tables if table)
@@ -273,6 +275,17 @@ def speed_cells(row: dict[str, Any]) -> list[str]:
 def memory_cells(row: dict[str, Any]) -> list[str]:
     """What was done, the megabytes it took at most and those allowed."""
     return [row["what"], _number(row["peak_mb"]), f"≤ {row['limit_mb']:g}"]
+
+
+def share_cells(row: dict[str, Any]) -> list[str]:
+    """What a part adds, both milliseconds, the percentage and the most wanted."""
+    return [
+        row["what"],
+        _number(row["added_ms"]),
+        _number(row["step_ms"]),
+        f"{row['share']:.2f}",
+        f"≤ {row['limit']:g}",
+    ]
 
 
 def plural(count: int, noun: str) -> str:

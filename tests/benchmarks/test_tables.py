@@ -142,6 +142,14 @@ def test_memory_has_a_table_of_its_own(tmp_path: Path) -> None:
     )
 
 
+def test_shares_have_a_table_of_their_own(tmp_path: Path) -> None:
+    part = {"what": "more", "added_ms": 0.8121, "step_ms": 6417.5, "share": 0.01265, "limit": 3}
+    write_speed(tmp_path, 1, TIMES, part)
+    tail = tables.speed_table(tmp_path).split("≥ 10 |\n")[1]
+    assert tail.startswith("\n| what | its ms | the step's ms | % of the step | wanted |\n")
+    assert "\n| more | 0.812 | 6,418 | 0.01 | ≤ 3 |\n\na CPU" in tail
+
+
 def test_update_replaces_only_what_stands_between_the_markers(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text(PAGE)
