@@ -59,12 +59,11 @@ ATSS_MMDET = replace(
     root_of_score=False,
     rank_on_class=True,
     keep_ties=False,
-    drop_empty_boxes=False,
 )
 # The branch-less hosts rank by their one score; the root is of the branch, so these two switches do nothing there.
 GFL_OURS = replace(ATSS_OURS, count_empty_images=True, giou_eps=1e-6, giou_floor=True, keep_ties=False)
 GFL_MMDET = ATSS_MMDET
-GFL_OFFICIAL = replace(ATSS_MMDET, weight_floor=NO_FLOOR, best_locations=True)
+GFL_OFFICIAL = replace(ATSS_MMDET, weight_floor=NO_FLOOR, best_locations=True, drop_empty_boxes=False)
 VFNET_OURS = replace(GFL_OURS, count_empty_images=False, weight_floor=1.0, iou_floor=1e-6, learn_padding=True)
 VFNET_MMDET = replace(ATSS_MMDET, count_empty_images=False, iou_floor=1e-6, learn_padding=True)
 
@@ -79,6 +78,6 @@ HOST_PROFILES: dict[str, dict[ProfileName, HostProfile]] = {
     "vfnet": {
         "ours": VFNET_OURS,
         "mmdet": VFNET_MMDET,
-        "official": replace(VFNET_MMDET, best_locations=True),
+        "official": replace(VFNET_MMDET, best_locations=True, drop_empty_boxes=False),
     },
 }
