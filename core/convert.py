@@ -27,10 +27,11 @@ from core.data.table import Category
 from core.errors import UserError
 from core.foreign import read_torch
 from core.geometry import LEGACY
-from core.layouts import CELL_ANCHORS, MMDET_DROPPED, Layout, from_mmdet, from_official
+from core.layouts import CELL_ANCHORS, MMDET_DROPPED, NO_NAMES, HeadNames, Layout, from_mmdet, from_official
 
 SHOWN = 3  # names that an error line tells of each problem
 SOURCES = {"official": "the authors' code", "mmdet": "MMDetection"}
+FULL_MASK = 50.0  # mask logit of a deformable convolution without masks: its sigmoid is 1 in every float type
 COCO_NOTE = "COCO's annotations are CC BY 4.0, its images have each their own Flickr licence"
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -46,6 +47,7 @@ class Weights(NamedTuple):
     unknown: tuple[str, ...] = ()  # no rule renames them, or to something that another is already
     dropped: tuple[str, ...] = ()  # known and not needed
     missing: tuple[str, ...] = ()  # checked and then dropped elsewhere, but not there
+    notes: tuple[str, ...] = ()  # what was done to some of them
 
 
 class Described(NamedTuple):
@@ -62,6 +64,7 @@ def convert(
     config_type: type[Config],
     configure: Configure[Config],
     build: BuildModel,
+    names: HeadNames = NO_NAMES,
 ) -> None:
     """Read a checkpoint, check every tensor of it, and write a released model that needs no further option.
 
@@ -71,6 +74,7 @@ def convert(
         config_type: the method's configuration.
         configure: the configuration for a source's layout and the detector that was asked for.
         build: makes the method's model.
+        names: of the method's own heads in MMDetection's layout.
 
     Raises:
         UserError: a file that is missing, damaged, of another layout or incomplete, or one that would be overwritten.
@@ -79,7 +83,7 @@ def convert(
     if checkpoint.is_ours(arguments.source):
         described = read_own(arguments, method, config_type)
     else:
-        described = read_foreign(arguments, method, configure)
+        described = read_foreign(arguments, method, configure, names)
     weights, config, facts = described
     with torch.device("meta"):
         wanted = build(config, len(facts["categories"])).state_dict()
@@ -91,6 +95,8 @@ def convert(
     classes = f"{len(facts['categories'])} classes"
     print(f"{arguments.source}: {facts['provenance']['source']}, {config.backbone}, {classes}{like}")
     print(f"{kept}{f'; {len(weights.dropped)} others checked or not needed' if weights.dropped else ''}")
+    for note in weights.notes:
+        print(note)
     print(f"profile {config.profile}, geometry {config.geometry}; licence: {facts['licence']}")
     print(f"written to {arguments.out}; evaluate it: python -m {method}.evaluate {arguments.out} --data {config.data}")
 
@@ -111,8 +117,8 @@ def read_own(arguments: argparse.Namespace, method: str, config_type: type[Confi
         UserError: missing, damaged, another method's, or options that are for files of other projects.
     """
     path = arguments.source
-    for flag in ("detector", "classes"):
-        if getattr(arguments, flag) is not None:
+    for flag in ("detector", "classes", "profile"):
+        if getattr(arguments, flag, None) is not None:
             raise UserError(f"--{flag} is for files of other projects; {path} itself says what it holds")
     content = checkpoint.load(path, method=method)
     state = content.get("average") or content.get("model")
@@ -132,8 +138,10 @@ def read_own(arguments: argparse.Namespace, method: str, config_type: type[Confi
     return Described(Weights(state, {name: name for name in state}), config, facts)
 
 
-def read_foreign(arguments: argparse.Namespace, method: str, configure: Configure[Config]) -> Described:
-    """A checkpoint of the authors' code or of MMDetection.
+def read_foreign(
+    arguments: argparse.Namespace, method: str, configure: Configure[Config], names: HeadNames = NO_NAMES
+) -> Described:
+    """A checkpoint of the authors' code or of MMDetection. Arguments as of `convert`.
 
     Raises:
         UserError: missing, damaged, of neither layout, with other anchors, or not saying enough about itself.
@@ -141,17 +149,20 @@ def read_foreign(arguments: argparse.Namespace, method: str, configure: Configur
     path = arguments.source
     tensors, meta = read_tensors(path)
     source = source_of(path, tensors)
-    weights = rename_all(path, tensors, source)
-    layout = read_layout(path, source, tensors, weights, meta)
+    weights = rename_all(path, tensors, source, names)
+    layout = read_layout(path, source, tensors, weights, meta, names)
     config = configure(layout, arguments.detector)
     categories = choose_categories(layout, arguments.classes)
+    weights = with_masks(without_background(weights) if len(categories) < layout.num_classes else weights)
     licence = arguments.licence or "the file states none, its publisher's holds" + (
         f"; {COCO_NOTE}" if categories == COCO_CATEGORIES else ""
     )
     told = ("iteration", "epoch", "iter", "time", "mmdet_version")
     beside = {**meta, **layout.mmdet_meta}
     history = {name: beside[name] for name in told if type(beside.get(name)) in (int, str)}
-    provenance = {"source": SOURCES[source], **_origin(path), **history}
+    history |= {"notes": list(weights.notes)} if weights.notes else {}
+    trained_by = SOURCES[source] if config.profile == layout.profile else f"{SOURCES[config.profile]} on MMDetection"
+    provenance = {"source": trained_by, **_origin(path), **history}
     return Described(weights, config, _facts(method, config, categories, licence, provenance))
 
 
@@ -203,21 +214,23 @@ def source_of(path: Path, tensors: Mapping[str, Tensor]) -> str:
     raise UserError(f"{path}: neither the authors' names nor MMDetection's; the first are {_some(tensors)}")
 
 
-def rename_all(path: Path, tensors: Mapping[str, Tensor], source: str) -> Weights:
+def rename_all(path: Path, tensors: Mapping[str, Tensor], source: str, names: HeadNames = NO_NAMES) -> Weights:
     """A source's tensors by our names.
 
     Raises:
-        UserError: naming the first of the anchors which the authors store that is not ours.
+        UserError: naming the first of the anchors, or of other constants which they store, that is not ours.
     """
     anchors = dict(cell_anchors()) if source == "official" else {}
+    constants = {key: torch.tensor(values) for key, values in names.constants.items()} | anchors
     state, theirs, unknown, dropped = {}, {}, [], []
     for key, tensor in tensors.items():
-        name = from_official(key) if source == "official" else from_mmdet(key)
+        name = from_official(key) if source == "official" else from_mmdet(key, names.rules)
         if name is not None and name not in state:
             state[name], theirs[name] = tensor, key
-        elif key in anchors:
-            if tensor.shape != (1, 4) or not torch.allclose(tensor.float(), anchors[key], rtol=0, atol=1e-3):
-                raise UserError(f"{path}: {key} is {_values(tensor)}, this detector's is {_values(anchors[key])}")
+        elif key in constants:
+            wanted = constants[key]
+            if tensor.shape != wanted.shape or not torch.allclose(tensor.float(), wanted, rtol=0, atol=1e-3):
+                raise UserError(f"{path}: {key} is {_values(tensor)}, this detector's is {_values(wanted)}")
             dropped.append(key)
         elif source == "mmdet" and re.fullmatch(MMDET_DROPPED, key):
             dropped.append(key)
@@ -233,8 +246,43 @@ def cell_anchors() -> Iterator[tuple[str, Tensor]]:
         yield CELL_ANCHORS.format(level=level), level_anchors((1, 1), stride, LEGACY)[0]
 
 
+def without_background(weights: Weights) -> Weights:
+    """The same without the class layer's last column, which says how much an anchor looks like background."""
+    state = dict(weights.state)
+    for name in ("head.cls_logits.weight", "head.cls_logits.bias"):
+        if name in state:
+            state[name] = state[name][:-1]
+    return weights._replace(state=state, notes=(*weights.notes, "left out: the background's column of the class layer"))
+
+
+def with_masks(weights: Weights) -> Weights:
+    """The same with masks of 1 where deformable convolutions have none (version 1): 9 logits beside 18 offsets.
+
+    Their gradient is 0, so that further training keeps them.
+    """
+    state = dict(weights.state)
+    for name, tensor in weights.state.items():
+        part = re.search(r"\.offset\.(weight|bias)$", name)
+        if part and tensor.dim() and _masks_lacking(len(tensor)):
+            logits = tensor.new_full((len(tensor) // 2, *tensor.shape[1:]), FULL_MASK if part[1] == "bias" else 0)
+            state[name] = torch.cat([tensor, logits])
+    added = any(len(state[name]) > len(tensor) for name, tensor in weights.state.items() if tensor.dim())
+    notes = ("added: masks of 1 to its deformable convolutions, which have none",) if added else ()
+    return weights._replace(state=state, notes=(*weights.notes, *notes))
+
+
+def _masks_lacking(channels: int) -> bool:
+    """Whether these are 18 offsets a group, not 27 with masks; three groups or six divide no layer's channels."""
+    return channels % 18 == 0 and channels % 27 > 0
+
+
 def read_layout(
-    path: Path, source: str, tensors: Mapping[str, Tensor], weights: Weights, meta: Mapping[Any, Any]
+    path: Path,
+    source: str,
+    tensors: Mapping[str, Tensor],
+    weights: Weights,
+    meta: Mapping[Any, Any],
+    names: HeadNames = NO_NAMES,
 ) -> Layout:
     """Backbone, deformable stages and sizes, from names and shapes alone.
 
@@ -247,19 +295,27 @@ def read_layout(
         raise UserError(f"{path}: no layer that predicts classes among its {len(tensors)} tensors")
     stages = [re.fullmatch(r"backbone\.(?:body\.)?layer([1-4])\.\d+\.conv2\.\w+\.\w+", key) for key in tensors]
     offsets = [shape[0] for name, shape in shapes.items() if re.search(r"layer.*conv2\.offset\.weight$", name)]
-    branches = ("iou_pred", "centerness", "atss_centerness")
+    per_group = 18 if offsets and _masks_lacking(offsets[0]) else 27
     return Layout(
         path=path,
         source="official" if source == "official" else "mmdet",
         backbone=_backbone(path, shapes),
         dcn_stages=tuple(sorted({int(match[1]) + 1 for match in stages if match})),  # layer1 is C2
-        dcn_groups=max(1, offsets[0] // 27) if offsets else 1,
-        dcn_tower=any(re.search(r"_tower\.9\.\w+\.|_convs\.3\.conv\.conv_offset\.", key) for key in tensors),
+        dcn_groups=max(1, offsets[0] // per_group) if offsets else 1,
+        dcn_tower=any(re.search(r"_tower\.9\.\w+\.|_convs\.[23]\.conv\.conv_offset\.", key) for key in tensors),
         channels=classes[1],
         num_classes=classes[0],
-        quality=next((name for name in branches if any(f".{name}." in key for key in tensors)), ""),
+        quality=_layer(weights, "head.quality"),
         meta=meta,
+        class_layer=_layer(weights, "head.cls_logits"),
+        background=bool(names.background) and any(f".{names.background}." in key for key in tensors),
     )
+
+
+def _layer(weights: Weights, ours: str) -> str:
+    """What the source calls a layer of our head; empty without it."""
+    theirs = next((theirs for name, theirs in weights.theirs.items() if name.startswith(f"{ours}.")), "")
+    return theirs.removeprefix("rpn.head.").removeprefix("bbox_head.").split(".")[0]
 
 
 def _backbone(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> BackboneName:
@@ -288,17 +344,18 @@ def choose_categories(layout: Layout, file: Path | None) -> tuple[Category, ...]
         UserError: when they must be given, or the file does not fit.
     """
     names = tuple(category.name for category in COCO_CATEGORIES)
+    counts = " or ".join(map(str, layout.class_counts))
     if file is None:
-        if layout.num_classes == len(names) and layout.class_names in (None, names):
+        if len(names) in layout.class_counts and layout.class_names in (None, names):
             return COCO_CATEGORIES
         named = f" ({', '.join(layout.class_names[:SHOWN])}, ...)" if layout.class_names else ""
         raise UserError(
-            f"{layout.path}: has {layout.num_classes} classes{named}, not COCO's 80; name them with --classes FILE, an "
+            f"{layout.path}: has {counts} classes{named}, not COCO's 80; name them with --classes FILE, an "
             "annotation file or a text file with one name a line, in the order of training"
         )
     categories = read_categories(file)
-    if len(categories) != layout.num_classes:
-        raise UserError(f"{file}: names {len(categories)} classes, {layout.path} has {layout.num_classes}")
+    if len(categories) not in layout.class_counts:
+        raise UserError(f"{file}: names {len(categories)} classes, {layout.path} has {counts}")
     return categories
 
 
@@ -380,4 +437,5 @@ def _some(names: Collection[str]) -> str:
 
 
 def _values(tensor: Tensor) -> str:
-    return ", ".join(f"{value:g}" for value in tensor.flatten()[:4].tolist())
+    more = f", ... ({tensor.numel()} values)" if tensor.numel() > 4 else ""
+    return ", ".join(f"{value:g}" for value in tensor.flatten()[:4].tolist()) + more

@@ -1,4 +1,8 @@
-"""Checkpoints of MMDetection and of the authors' code: their names turned into ours (imports no torch)."""
+"""Checkpoints of MMDetection and of the authors' code: their names turned into ours (imports no torch).
+
+What several methods share stands here: backbones, pyramid, towers, ATSS's layers. A method hands in a `HeadNames` for
+what only its own heads have.
+"""
 
 import re
 from collections.abc import Mapping
@@ -76,6 +80,17 @@ DETECTRON_DROPPED = r"(fc1000|pred)_[wb]|.*_momentum"  # the classifier and the 
 DETECTRON_BIAS = r"(conv1|res[2-5]_\d+_branch(1|2[abc]))_b"  # of convolutions in front of batch norm: zeros
 
 
+class HeadNames(NamedTuple):
+    """What a method's heads are called in MMDetection's layout, beside the names of `MMDET_RULES`."""
+
+    rules: Rules = ()
+    constants: Mapping[str, tuple[float, ...]] = {}  # entries that never change: checked where they are, not kept
+    background: str = ""  # name of a layer beside which the class layer may have a last column, the background's
+
+
+NO_NAMES = HeadNames()
+
+
 class Layout(NamedTuple):
     """What names, shapes and the plain values beside them say about a checkpoint."""
 
@@ -86,14 +101,21 @@ class Layout(NamedTuple):
     dcn_groups: int
     dcn_tower: bool
     channels: int
-    num_classes: int
+    num_classes: int  # columns of the class layer
     quality: str  # what the source calls the branch beside the boxes; empty without one
     meta: Mapping[Any, Any]  # what the file holds beside the weights
+    class_layer: str = ""  # what the source calls the layer that predicts classes
+    background: bool = False  # the last of the columns may be the background's
 
     @property
     def profile(self) -> ProfileName:
-        """Whose implementation the weights were trained with."""
+        """Whose implementation the weights were trained with, by their names."""
         return self.source
+
+    @property
+    def class_counts(self) -> tuple[int, ...]:
+        """How many classes there may be, the likelier number first."""
+        return (self.num_classes - 1, self.num_classes) if self.background else (self.num_classes,)
 
     @property
     def geometry(self) -> GeometryName:
@@ -124,9 +146,14 @@ class Layout(NamedTuple):
         return None
 
 
-def from_mmdet(key: str) -> str | None:
-    """Our name of an entry of an MMDetection ATSS or PAA model, or None for what ours have not."""
-    return rename(key, MMDET_RULES)
+def from_mmdet(key: str, rules: Rules = ()) -> str | None:
+    """Our name of an entry of an MMDetection model, or None for what ours have not.
+
+    Args:
+        key: its name there.
+        rules: of a method's own layers; ATSS's and PAA's need none.
+    """
+    return rename(key, (*MMDET_RULES, *rules))
 
 
 def from_official(key: str) -> str | None:

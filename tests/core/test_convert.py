@@ -13,17 +13,30 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
+from torchvision.ops import deform_conv2d
 
 from core import checkpoint, released
 from core.backbone import build_backbone, load_backbone_weights
 from core.config import TrainConfig
-from core.convert import Weights, choose_categories, fill, read_categories, read_tensors, rename_all, source_of
+from core.convert import (
+    Weights,
+    choose_categories,
+    fill,
+    read_categories,
+    read_layout,
+    read_tensors,
+    rename_all,
+    source_of,
+    with_masks,
+    without_background,
+)
 from core.data.coco import COCO_CATEGORIES
 from core.data.sources import open_data
 from core.data.table import Category
 from core.errors import UserError
 from core.foreign import Placeholder, read_caffe2, read_torch
-from core.layouts import Layout, from_mmdet, from_official
+from core.layers import DeformConv
+from core.layouts import HeadNames, Layout, from_mmdet, from_official
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -232,6 +245,79 @@ def test_two_names_for_one_tensor_are_not_both_taken(tmp_path: Path) -> None:
     assert rename_all(tmp_path, dict.fromkeys(keys, torch.ones(1)), "official").unknown == keys[1:]
 
 
+NAMES = HeadNames(
+    rules=((r"bbox_head\.my_cls\.(weight|bias)", r"head.cls_logits.\1"),),
+    constants={"bbox_head.bins": (0.0, 1.0, 2.0)},
+    background="my_quality",
+)
+
+
+def my_layout(classes: int, *more: str) -> Layout:
+    """The layout of a ResNet-18 with a class layer that only `NAMES` knows."""
+    blocks = [f"backbone.layer{stage}.{block}.conv2.weight" for stage in range(1, 5) for block in range(2)]
+    shapes: dict[str, tuple[int, ...]] = {key: (64 * 2 ** (int(key[14]) - 1),) * 2 + (3, 3) for key in blocks}
+    shapes |= {"bbox_head.my_cls.weight": (classes, 64, 3, 3), **dict.fromkeys(more, (1,))}
+    tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    weights = rename_all(Path("x.pth"), tensors, "mmdet", NAMES)
+    return read_layout(Path("x.pth"), "mmdet", tensors, weights, {}, NAMES)
+
+
+def test_methods_hand_in_the_names_of_their_own_heads() -> None:
+    found = my_layout(5, "bbox_head.my_quality.weight")
+    assert (found.class_layer, found.quality, found.num_classes, found.channels) == ("my_cls", "", 5, 64)
+    assert (found.background, found.class_counts) == (True, (4, 5))
+    assert my_layout(5).class_counts == (5,)
+    assert from_mmdet("bbox_head.my_cls.bias") is None
+    assert from_mmdet("bbox_head.my_cls.bias", NAMES.rules) == "head.cls_logits.bias"
+
+
+def test_constants_are_checked_and_dropped() -> None:
+    bins = {"bbox_head.bins": torch.arange(3.0)}
+    weights = rename_all(Path("x.pth"), bins, "mmdet", NAMES)
+    assert (weights.dropped, weights.unknown, weights.missing) == (("bbox_head.bins",), (), ())
+    assert rename_all(Path("x.pth"), {}, "mmdet", NAMES).missing == ()  # says nothing that is not in the code
+    for wrong, told in (([0.0, 1, 3], "0, 1, 3"), ([0.0, 1, 2, 3, 4], r"0, 1, 2, 3, \.\.\. \(5 values\)")):
+        with pytest.raises(UserError, match=rf"x.pth: bbox_head.bins is {told}, this detector's is 0, 1, 2$"):
+            rename_all(Path("x.pth"), {"bbox_head.bins": torch.tensor(wrong)}, "mmdet", NAMES)
+
+
+def test_background_column_is_the_last() -> None:
+    state = {
+        "head.cls_logits.weight": torch.randn(3, 2, 1, 1),
+        "head.cls_logits.bias": torch.randn(3),
+        "a": torch.ones(3),
+    }
+    found = without_background(weights_of(state))
+    assert torch.equal(found.state["head.cls_logits.weight"], state["head.cls_logits.weight"][:2])
+    assert torch.equal(found.state["head.cls_logits.bias"], state["head.cls_logits.bias"][:2])
+    assert torch.equal(found.state["a"], state["a"])
+    assert len(found.notes) == 1
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_deformable_convolution_without_masks_is_one_with_masks_of_1(groups: int) -> None:
+    torch.manual_seed(groups)
+    conv, x = DeformConv(8, 4, offset_groups=groups), torch.randn(1, 8, 5, 6)
+    offset = torch.nn.Conv2d(8, 18 * groups, 3, padding=1)  # of version 1: offsets alone
+    torch.nn.init.normal_(offset.weight, std=0.2)
+    found = with_masks(weights_of({f"conv2.offset.{name}": tensor for name, tensor in offset.state_dict().items()}))
+    assert len(found.notes) == 1
+    state = {name.removeprefix("conv2."): tensor for name, tensor in found.state.items()}
+    conv.load_state_dict({"weight": conv.weight, **state})
+    torch.testing.assert_close(conv(x), deform_conv2d(x, offset(x), conv.weight, padding=1))
+    conv(x).square().sum().backward()
+    assert conv.offset.bias is not None
+    assert conv.offset.bias.grad is not None
+    assert conv.offset.bias.grad[: 18 * groups].abs().min() > 0
+    assert conv.offset.bias.grad[18 * groups :].abs().max() == 0  # training leaves the masks as they are
+
+
+def test_deformable_convolution_with_masks_stays(tmp_path: Path) -> None:
+    for channels in (27, 54, 108):
+        weights = weights_of({"layer4.0.conv2.offset.bias": torch.zeros(channels)})
+        assert with_masks(weights) == weights
+
+
 def test_fill_names_everything_that_is_wrong() -> None:
     wanted = {"a": torch.zeros(2), "b": torch.zeros(3), "head.scales.0.scale": torch.zeros(()), "n": torch.tensor(0)}
     good = {
@@ -291,6 +377,11 @@ def test_classes_are_cocos_or_asked_for(tmp_path: Path) -> None:
     assert choose_categories(layout(2), file) == (Category(1, "red cell"), Category(2, "white cell"))
     with pytest.raises(UserError, match=r"names.txt: names 2 classes, x.pth has 80"):
         choose_categories(layout(80), file)
+    maybe = [layout(columns)._replace(background=True) for columns in range(1, 5)]  # 2 classes, a background's column
+    assert [len(choose_categories(maybe[columns - 1], file)) for columns in (2, 3)] == [2, 2]
+    for columns, told in ((1, "0 or 1"), (4, "3 or 4")):
+        with pytest.raises(UserError, match=rf"names.txt: names 2 classes, x.pth has {told}"):
+            choose_categories(maybe[columns - 1], file)
 
 
 def test_classes_of_an_annotation_file_by_rising_id(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from core.config import TrainConfig
 from core.layouts import from_mmdet
+from core.types import Detections
 from tests.conftest import GOLDEN
 from tests.core.detector import Detector, count, meta_detector
 
@@ -37,16 +38,26 @@ def test_parameter_counts(golden: dict[str, Any], profile: Any) -> None:
 
 def activations(model: Any, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
     """All maps under MMDetection's names."""
-    features = model.backbone(pixels)
-    pyramid = model.fpn(features)
-    yield from zip(("C3", "C4", "C5"), features, strict=True)
-    yield from zip(("P3", "P4", "P5", "P6", "P7"), pyramid, strict=True)
-    outputs = model.head(pyramid)
-    sizes = [height * width for height, width in outputs.shapes]
+    maps = dict(pyramid_maps(model, pixels))
+    yield from maps.items()
+    outputs = model.head([maps[f"P{level}"] for level in range(3, 8)])
     assert outputs.quality is not None
     arrays = {"cls_score": outputs.logits, "bbox_pred": outputs.deltas, "quality": outputs.quality[..., None]}
+    yield from head_maps(arrays, outputs.shapes)
+
+
+def pyramid_maps(model: Any, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The maps of backbone and pyramid under MMDetection's names."""
+    features = model.backbone(pixels)
+    yield from zip(("C3", "C4", "C5"), features, strict=True)
+    yield from zip(("P3", "P4", "P5", "P6", "P7"), model.fpn(features), strict=True)
+
+
+def head_maps(arrays: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:
+    """Rows of all anchors, by MMDetection's name, as the maps of each level."""
+    sizes = [height * width for height, width in shapes]
     for name, array in arrays.items():
-        for level, (rows, shape) in enumerate(zip(array.split(sizes, dim=1), outputs.shapes, strict=True)):
+        for level, (rows, shape) in enumerate(zip(array.split(sizes, dim=1), shapes, strict=True)):
             yield f"{name}_{level}", rows.unflatten(1, shape).permute(0, 3, 1, 2)
 
 
@@ -66,10 +77,14 @@ def test_names_and_activations(golden: dict[str, Any]) -> None:
 
 def check_activations(golden: dict[str, Any], model: Any) -> None:
     """Compare every stored summary with a model's maps of the stored input."""
-    stored = golden["activations"]
+    maps = activations(model, torch.from_numpy(RULE["image"](golden["seed"])))
+    check_maps(golden["activations"], ((name.replace("quality", golden["quality"]), map_) for name, map_ in maps))
+
+
+def check_maps(stored: Mapping[str, Any], found: Iterable[tuple[str, Tensor]]) -> None:
+    """Compare every stored summary with the map of its name."""
     seen = {"C2"}  # the one map that is no output of the backbone
-    for name, maps in activations(model, torch.from_numpy(RULE["image"](golden["seed"]))):
-        name = name.replace("quality", golden["quality"])
+    for name, maps in found:
         expected, flat = stored[name], maps.flatten().double()
         seen.add(name)
         assert list(maps.shape) == expected["shape"]
@@ -79,3 +94,19 @@ def check_activations(golden: dict[str, Any], model: Any) -> None:
         wanted += expected["at_16_even_positions"]
         np.testing.assert_allclose(measured, wanted, rtol=0, atol=1e-3 * expected["std"], err_msg=name)
     assert seen == set(stored)
+
+
+def check_detections(found: Detections, stored: Mapping[str, Any], atol: float = 0.02) -> None:
+    """Compare an image's detections with stored ones: rounded, and in another order where several score the same."""
+    valid = found.valid[0]
+    arrays = (found.boxes[0][valid], found.scores[0][valid], found.labels[0][valid])
+    left = list(zip(stored["boxes"], stored["scores"], stored["labels"], strict=True))
+    for box, score, label in zip(*(array.tolist() for array in arrays), strict=True):
+        near = [
+            index
+            for index, (b, s, c) in enumerate(left)
+            if c == label and abs(s - score) < 2e-4 and np.allclose(b, box, rtol=0, atol=atol)
+        ]
+        assert near, (box, score, label)
+        del left[near[0]]
+    assert left == []

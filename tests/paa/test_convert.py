@@ -1,19 +1,17 @@
 """`python -m paa.convert`: what becomes of the authors', MMDetection's and our own checkpoints, and what is refused."""
 
 import json
-import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from core import checkpoint, distributed, released
-from core.anchors import STRIDES, anchor_grid
+from core.anchors import anchor_grid
 from core.commands import load_trained
 from core.convert import fill, read_layout, rename_all
 from core.data.coco import COCO_CATEGORIES
@@ -24,100 +22,11 @@ from paa.config import PRESETS, Config
 from paa.convert import configure
 from paa.model import PAA, Outputs
 from paa.postprocess import detect
+from tests.checkpoints import mmdet_state, official_shapes, official_state, run, save, small_state
 from tests.conftest import GOLDEN
-from tests.core.test_golden_r50 import QUALITY, RULE, check_activations
+from tests.core.test_golden_r50 import QUALITY, RULE, check_activations, check_detections
 from tests.runs import TINY
 from tests.runs import run as start
-
-Shapes = dict[str, tuple[int, ...]]
-DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
-
-
-def official_shapes(
-    backbone: str, channels: int = 256, classes: int = 80, branch: str = "iou_pred", dcn: tuple[int, ...] = ()
-) -> Shapes:
-    """Every name in a checkpoint of the authors and its shape, as spec PAA section 10 lists them; `dcn` stages 2..5."""
-    shapes: Shapes = {"backbone.body.stem.conv1.weight": (64, 3, 7, 7)}
-    entries = ("weight", "bias", "running_mean", "running_var")
-
-    def norm(name: str, width: int) -> None:
-        shapes.update({f"{name}.{entry}": (width,) for entry in entries})
-
-    def conv(name: str, out: int, into: int, kernel: int, bias: bool = True) -> None:
-        shapes[f"{name}.weight"] = (out, into, kernel, kernel)
-        shapes.update({f"{name}.bias": (out,)} if bias else {})
-
-    def deformable(name: str, width: int, bias: bool) -> None:
-        conv(f"{name}.offset", 27, width, 3)
-        conv(f"{name}.conv", width, width, 3, bias)
-
-    norm("backbone.body.stem.bn1", 64)
-    expansion, previous = 1 if backbone == "resnet18" else 4, 64
-    for stage, depth in enumerate(DEPTHS[backbone], start=1):
-        width = 32 * 2**stage
-        for block in range(depth):
-            name = f"backbone.body.layer{stage}.{block}"
-            kernels = (3, 3) if expansion == 1 else (1, 3, 1)
-            widths = (width, width, width * expansion)[: len(kernels)]
-            for index, (kernel, out) in enumerate(zip(kernels, widths, strict=True), start=1):
-                into = previous if index == 1 else width
-                if index == 2 and stage + 1 in dcn:
-                    deformable(f"{name}.conv2", width, bias=False)
-                else:
-                    conv(f"{name}.conv{index}", out, into, kernel, bias=False)
-                norm(f"{name}.bn{index}", out)
-            if block == 0 and (stage > 1 or expansion > 1):
-                conv(f"{name}.downsample.0", width * expansion, previous, 1, bias=False)
-                norm(f"{name}.downsample.1", width * expansion)
-            previous = width * expansion
-    for stage in (2, 3, 4):
-        conv(f"backbone.fpn.fpn_inner{stage}", channels, 64 * expansion * 2 ** (stage - 1), 1)
-        conv(f"backbone.fpn.fpn_layer{stage}", channels, channels, 3)
-    for level in (6, 7):
-        conv(f"backbone.fpn.top_blocks.p{level}", channels, channels, 3)
-    for tower in ("cls_tower", "bbox_tower"):
-        for index in (0, 3, 6, 9):
-            if index == 9 and dcn:
-                deformable(f"rpn.head.{tower}.9", channels, bias=True)
-            else:
-                conv(f"rpn.head.{tower}.{index}", channels, channels, 3)
-            shapes.update({f"rpn.head.{tower}.{index + 1}.{entry}": (channels,) for entry in ("weight", "bias")})
-    for layer, out in (("cls_logits", classes), ("bbox_pred", 4), (branch, 1)):
-        conv(f"rpn.head.{layer}", out, channels, 3)
-    shapes.update({f"rpn.head.scales.{level}.scale": (1,) for level in range(5)})
-    shapes.update({f"rpn.anchor_generator.cell_anchors.{level}": (1, 4) for level in range(5)})
-    return shapes
-
-
-def official_state(shapes: Shapes) -> dict[str, Tensor]:
-    """Random tensors of these shapes, and the authors' anchors."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, shape in shapes.items():
-        state[name] = 0.05 * torch.randn(shape, generator=generator)
-        if name.endswith("running_var"):
-            state[name] = 1 + state[name].abs()
-        if "cell_anchors" in name:
-            stride = STRIDES[int(name[-1])]
-            state[name] = torch.tensor([[-3.5, -3.5, 4.5, 4.5]]) * stride + torch.tensor([[0.5, 0.5, -0.5, -0.5]])
-    return state
-
-
-def small_state(**options: Any) -> dict[str, Tensor]:
-    return official_state(official_shapes("resnet18", channels=64, **options))
-
-
-def save(path: Path, state: dict[str, Tensor], **beside: Any) -> Path:
-    """A file as the authors' code leaves it: the model under DistributedDataParallel, and its training state."""
-    model = {f"module.{name}": tensor for name, tensor in state.items()}
-    torch.save({"model": model, "optimizer": {}, "scheduler": {}, "iteration": 90_000, **beside}, path)
-    return path
-
-
-def run(command: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    """A command in this process; its mistakes arrive as UserError."""
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    command.main()
 
 
 def load(path: Path) -> Any:
@@ -170,20 +79,7 @@ def test_mmdet_resnet50_reproduces_every_stored_number(
     head = model.head(model.fpn(model.backbone(torch.from_numpy(RULE["image"](golden["seed"])))))
     grid = anchor_grid(head.shapes, config.box_geometry)
     found = detect(Outputs(head.logits, head.deltas, head.quality, grid), torch.tensor([[256, 320]]), config)
-    valid, stored = found.valid[0], golden["detections"]
-    ours = zip(
-        found.boxes[0][valid].tolist(), found.scores[0][valid].tolist(), found.labels[0][valid].tolist(), strict=True
-    )
-    left = list(zip(stored["boxes"], stored["scores"], stored["labels"], strict=True))
-    for box, score, label in ours:  # stored are rounded, and in another order where several score the same
-        near = [
-            i
-            for i, (b, s, c) in enumerate(left)
-            if c == label and abs(s - score) < 2e-4 and np.allclose(b, box, atol=0.02)
-        ]
-        assert near, (box, score, label)
-        del left[near[0]]
-    assert left == []
+    check_detections(found, golden["detections"])
 
 
 # small networks of the authors' layout
@@ -384,21 +280,7 @@ def test_every_large_network_is_known_by_its_names_and_shapes(name: str) -> None
     config = replace(PRESETS[name], profile="mmdet")
     with torch.device("meta"):
         ours = PAA(config, 80).state_dict()
-    towers = {"cls_tower": "cls_convs", "box_tower": "reg_convs"}
-    theirs = {}
-    for key, tensor in ours.items():
-        key = key.replace("conv2.offset", "conv2.conv_offset").replace("fpn.lateral", "neck.lateral_convs")
-        key = key.replace("fpn.output", "neck.fpn_convs").replace("head.cls_logits", "bbox_head.atss_cls")
-        key = key.replace("head.bbox_pred", "bbox_head.atss_reg").replace("head.quality", "bbox_head.atss_centerness")
-        key = key.replace("head.scales", "bbox_head.scales")
-        if key.startswith("neck"):
-            key = ".".join([*key.split(".")[:-1], "conv", key.split(".")[-1]])
-        if key.startswith("head."):
-            _, tower, index, *rest = key.split(".")
-            layer = "conv" if int(index) % 3 == 0 else "gn"
-            rest = ["conv_offset", rest[1]] if rest[0] == "offset" else rest
-            key = ".".join(["bbox_head", towers[tower], str(int(index) // 3), layer, *rest])
-        theirs[key] = tensor
+    theirs = mmdet_state(ours, {"cls_logits": "atss_cls", "bbox_pred": "atss_reg", "quality": "atss_centerness"})
     weights = rename_all(Path("x.pth"), theirs, "mmdet")
     assert weights.unknown == ()
     found = read_layout(Path("x.pth"), "mmdet", theirs, weights, mmdet_text("PAAHead"))
