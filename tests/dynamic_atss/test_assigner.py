@@ -9,7 +9,7 @@ from torch import Tensor
 
 from core.anchors import AnchorGrid, anchor_grid, anchors_inside, level_shapes
 from core.atss import assign_atss
-from core.boxes import box_iou
+from core.boxes import box_iou, centres_inside
 from core.geometry import LEGACY, MODERN, Geometry
 from core.types import BACKGROUND, IGNORED, Targets
 from dynamic_atss.assigner import assign_combined, combined_iou, combined_threshold, explain_assignment
@@ -130,6 +130,17 @@ def test_conflicts_go_to_the_highest_combined_iou() -> None:
     assert shared <= sets_of(details.assignment.gt_index[0], 2)[1]
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_candidates_that_equal_their_threshold_reach_it(weight: float) -> None:
+    # The same box everywhere: all predicted IoUs are equal, their deviation is 0, and all candidates inside learn.
+    grid, targets = grid_of(MODERN), targets_of(CROWDED[:1])
+    predicted = targets.boxes.expand(1, len(grid.boxes), 4) + torch.tensor([3.0, 1, -2, 5])
+    details = explain_assignment(grid, targets, predicted, pred_weight=weight, anchor_weight=0.0)
+    inside = centres_inside(grid.points[details.anchors], targets.boxes[:, :, None])
+    assert torch.equal(details.positive, details.valid & inside)
+    assert details.positive.sum() > 9
+
+
 def random_scene(seed: int, counts: list[int], canvas: tuple[int, int] = (128, 160)) -> tuple[Targets, Tensor]:
     """Objects of any size, and predictions that lie near the anchors or anywhere."""
     generator = torch.Generator().manual_seed(seed)
@@ -232,7 +243,7 @@ def test_labels_carry_no_gradient() -> None:
     assert not details.thresholds.requires_grad
 
 
-@pytest.mark.parametrize(("pred", "anchor"), [(0.0, 0.0), (-1.0, 1.0)])
+@pytest.mark.parametrize(("pred", "anchor"), [(0.0, 0.0), (-1.0, 1.0), (1.0, -1.0)])
 def test_impossible_weights(pred: float, anchor: float) -> None:
     grid = grid_of(MODERN)
     with pytest.raises(ValueError, match="weights must be at least 0 and not both 0"):
