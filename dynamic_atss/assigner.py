@@ -1,4 +1,4 @@
-"""Which anchors are positive: ATSS's rule on Combined IoUs (paper section 3, Algorithm 1; spec section 1).
+"""Which anchors are positive: ATSS's rule on Combined IoUs (paper, section 3; spec section 1).
 
 The candidates are ATSS's, nearest anchors of every level. What they must reach, and what decides between objects, is
 the sum of the anchor's IoU with the object and the IoU of the box that the network now predicts there. Predicted IoUs
@@ -128,7 +128,7 @@ def combined_threshold(
     pred_weight: float,
     anchor_weight: float,
 ) -> Float[Tensor, "B G"]:
-    """What an object's candidates must reach (paper, Eq. 1 to 3): each kind of IoU has its own mean + deviation.
+    """What an object's candidates must reach (paper, Eq. 2 to 4): each kind of IoU has its own mean + deviation.
 
     w_p (m_p + s_p) + w_a (m_a + s_a): the sum of the deviations, which is at least the deviation of the sum, and
     deviations over n - 1. It can exceed all candidates; that object then has no positive.

@@ -1,4 +1,4 @@
-"""What Combined IoUs decide about each object, for pictures (Fig. 1 of the paper; Algorithm 1)."""
+"""What Combined IoUs decide about each object, for pictures (Fig. 1 and section 3 of the paper)."""
 
 import numpy as np
 import torch
