@@ -141,6 +141,28 @@ def test_candidates_that_equal_their_threshold_reach_it(weight: float) -> None:
     assert details.positive.sum() > 9
 
 
+def test_combined_ious_are_exact() -> None:
+    # in float64 like the threshold: a float32 product would round
+    predicted, anchor = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
+    for ious, pred_weight in ((predicted, 0.7), (None, 0.0)):
+        expected = 0.3 * anchor.double() + (0 if ious is None else 0.7 * predicted.double())
+        assert torch.equal(combined_iou(ious, anchor, pred_weight, 0.3), expected)
+
+
+def test_places_without_a_candidate_want_nothing() -> None:
+    # A quarter of the canvas is image: P5 has one anchor of four there, and the other three places hold the number 0.
+    # Anchor 0 predicts the object perfectly and its centre is inside, but nine anchors of P3 are nearer.
+    grid = anchor_grid(level_shapes((64, 64)))
+    targets = targets_of([[-20.0, -20, 100, 100]], (32, 32))
+    predicted = grid.boxes.clone()
+    predicted[0] = targets.boxes[0, 0]
+    details = explain_assignment(grid, targets, predicted[None], anchor_valid=anchors_inside(grid, targets.sizes))
+    assert not details.valid.all()
+    assert (details.combined[~details.valid] > details.thresholds[0, 0]).all()
+    assert 0 not in details.anchors[details.valid].tolist()
+    assert details.assignment.gt_index[0, 0].item() == BACKGROUND
+
+
 def random_scene(seed: int, counts: list[int], canvas: tuple[int, int] = (128, 160)) -> tuple[Targets, Tensor]:
     """Objects of any size, and predictions that lie near the anchors or anywhere."""
     generator = torch.Generator().manual_seed(seed)
