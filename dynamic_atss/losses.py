@@ -18,7 +18,7 @@ from core.losses import (
     sigmoid_focal_loss,
     varifocal_loss,
 )
-from core.types import IGNORED, Assignment, Targets
+from core.types import BACKGROUND, IGNORED, Assignment, Targets
 from dynamic_atss.assigner import assign_combined
 from dynamic_atss.config import Config
 from dynamic_atss.head import REG_MAX
@@ -41,7 +41,8 @@ def compute_losses(outputs: Outputs, targets: Targets, step: int, steps: int, *,
         config: host, assignment, losses, profile.
 
     Returns:
-        Terms whose names begin with loss, and for the log `positives`, the number of positives of an image.
+        Terms whose names begin with loss, and for the log `positives`, the number of positives of an image, and
+        `unmatched`, see `unmatched_fraction`.
     """
     outputs = float32_outputs(outputs)
     return assigned_losses(outputs, targets, assign(outputs, targets, step, steps, config), config)
@@ -70,7 +71,20 @@ def assigned_losses(outputs: Outputs, targets: Targets, assignment: Assignment, 
     """
     host = {"atss": atss_losses, "gfl": gfl_losses, "gflv2": gfl_losses, "vfnet": vfnet_losses}[config.host]
     positives = assignment.positive.sum().to(torch.float32) / len(assignment.positive)
-    return {**host(outputs, targets, assignment, config), "positives": positives}
+    logged = {"positives": positives, "unmatched": unmatched_fraction(assignment, targets)}
+    return {**host(outputs, targets, assignment, config), **logged}
+
+
+def unmatched_fraction(assignment: Assignment, targets: Targets) -> Float[Tensor, ""]:
+    """Objects of all ranks that no anchor learns, as a fraction of all, 0 where there is none (spec section 8).
+
+    An object's threshold can exceed all of its candidates, or other objects win all that reach it.
+    """
+    learned = targets.valid.new_zeros(len(targets.valid), targets.valid.shape[1] + 1)
+    learned = learned.scatter(1, assignment.gt_index.clamp(min=BACKGROUND) + 1, True)[:, 1:]
+    counts = torch.stack([(targets.valid & ~learned).sum(), targets.valid.sum()])
+    unmatched, objects = sum_over_ranks(counts.to(torch.float32)).unbind()
+    return unmatched / objects.clamp(min=1)
 
 
 def atss_losses(outputs: Outputs, targets: Targets, assignment: Assignment, config: Config) -> dict[str, Tensor]:

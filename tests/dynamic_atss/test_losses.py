@@ -15,7 +15,7 @@ from core.geometry import GEOMETRIES, LEGACY, MODERN
 from core.types import BACKGROUND, IGNORED, Assignment, Targets
 from dynamic_atss.assigner import assign_combined
 from dynamic_atss.config import PRESETS, Config
-from dynamic_atss.losses import assign, assigned_losses, compute_losses, divisors
+from dynamic_atss.losses import assign, assigned_losses, compute_losses, divisors, unmatched_fraction
 from dynamic_atss.model import Outputs, build_head, run_head
 from tests.core.operators import Recorder
 
@@ -90,6 +90,7 @@ def test_class_loss_by_hand(kind: str, expected: float) -> None:
     losses = assigned_losses(outputs, targets, learning(targets, [0, -1]), config)
     assert losses["loss_cls"].item() == pytest.approx(expected, abs=1e-6)
     assert losses["positives"].item() == 1
+    assert losses["unmatched"].item() == 0
 
 
 def test_box_and_branch_loss_by_hand() -> None:
@@ -350,6 +351,9 @@ def test_equals_a_loop_over_anchors(config: Config, counts: list[int]) -> None:
     assert bool(assignment.positive.any()) == (sum(counts) > 0)
     losses = compute_losses(outputs, targets, 1, 1, config=config)
     assert losses.pop("positives").item() == assignment.positive.sum().item() / 2
+    learned = [set(row.tolist()) - {BACKGROUND, IGNORED} for row in assignment.gt_index]
+    unmatched = sum(counts) - sum(map(len, learned))
+    assert losses.pop("unmatched").item() == pytest.approx(unmatched / max(sum(counts), 1))
     expected = twin_losses(outputs, targets, assignment, config)
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
@@ -362,6 +366,24 @@ def test_equals_a_loop_over_anchors(config: Config, counts: list[int]) -> None:
     for own, other, leaf in zip(ours, theirs, leaves, strict=True):
         reference = torch.zeros_like(leaf) if other is None else other
         torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-7)
+
+
+def test_unmatched_objects_by_hand() -> None:
+    # Of 2 + 3 objects two learn from no anchor: the second of the first image and the first of the other one.
+    valid = torch.tensor([[True, True, False], [True, True, True]])  # the third slot of the first image is padding
+    targets = Targets(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), valid, torch.full((2, 2), 64))
+    index = torch.tensor([[0, BACKGROUND, 0, IGNORED], [1, 2, 2, 1]])
+    found = unmatched_fraction(Assignment(index, index.clamp(max=0)), targets)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(0.4)
+
+
+def test_an_object_beyond_the_canvas_is_unmatched() -> None:
+    config, grid = Config(), anchor_grid(level_shapes((64, 64)))
+    _, targets = on_anchors(config, [[0.0, 0, 8, 8]], [[20.0, 20, 44, 44], [500.0, 500, 510, 510]])
+    losses = compute_losses(plain_outputs(config, grid, 1), targets, 1, 1, config=config)
+    assert losses["positives"].item() > 0
+    assert losses["unmatched"].item() == 0.5
 
 
 # padding, ranks, nothing to learn
@@ -431,18 +453,18 @@ def test_divisors_of_two_ranks(
 @pytest.mark.parametrize("counts", [[5, 2], [5, 0], [0, 3], [0, 0]])
 @pytest.mark.parametrize("host", HOSTS)
 def test_two_ranks_learn_what_one_does(monkeypatch: pytest.MonkeyPatch, host: str, counts: list[int]) -> None:
-    # Each rank has one image. The mean over ranks of losses and gradients is that of the whole batch.
+    # Each rank has one image. The mean over ranks of losses, logged terms and gradients is that of the whole batch.
     config = of(host)
     outputs, targets = random_case(config, counts, seed=7)
     leaves = [part for part in outputs[:4] if part is not None]
 
-    def losses_and_gradients(part: slice) -> tuple[Tensor, list[Tensor]]:
+    def terms_and_gradients(part: slice) -> tuple[Tensor, list[Tensor]]:
         own = with_parts(outputs, (None if field is None else field[part] for field in outputs[:4]))
-        losses = compute_losses(own, Targets(*(field[part] for field in targets)), 1, 1, config=config)
-        values = torch.stack([value for name, value in losses.items() if name.startswith("loss")])
-        return values, list(torch.autograd.grad(values.sum(), leaves))
+        terms = compute_losses(own, Targets(*(field[part] for field in targets)), 1, 1, config=config)
+        loss = torch.stack([value for name, value in terms.items() if name.startswith("loss")]).sum()
+        return torch.stack(list(terms.values())), list(torch.autograd.grad(loss, leaves))
 
-    whole, expected = losses_and_gradients(slice(None))
+    whole, expected = terms_and_gradients(slice(None))
     sums: list[Tensor] = []
     monkeypatch.setattr("dynamic_atss.losses.world_size", lambda: 2)
 
@@ -452,10 +474,12 @@ def test_two_ranks_learn_what_one_does(monkeypatch: pytest.MonkeyPatch, host: st
 
     monkeypatch.setattr("dynamic_atss.losses.sum_over_ranks", note)
     for rank in (0, 1):
-        losses_and_gradients(slice(rank, rank + 1))
-    assert len(sums) == 2  # one sum, also on the rank without objects: no rank waits for another forever
-    monkeypatch.setattr("dynamic_atss.losses.sum_over_ranks", lambda own: sums[0] + sums[1])
-    values, gradients = zip(*(losses_and_gradients(slice(rank, rank + 1)) for rank in (0, 1)), strict=True)
+        terms_and_gradients(slice(rank, rank + 1))
+    # the same sums on the rank without objects: no rank waits for another forever
+    totals = [one + two for one, two in zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True)] * 2
+    monkeypatch.setattr("dynamic_atss.losses.sum_over_ranks", lambda own: totals.pop(0))
+    values, gradients = zip(*(terms_and_gradients(slice(rank, rank + 1)) for rank in (0, 1)), strict=True)
+    assert not totals
     torch.testing.assert_close((values[0] + values[1]) / 2, whole, rtol=1e-6, atol=1e-9)
     for one, two, both in zip(*gradients, expected, strict=True):
         torch.testing.assert_close((one + two) / 2, both, rtol=1e-5, atol=1e-9)
