@@ -1,8 +1,9 @@
 """Combined IoUs: the specification's worked cases, ATSS as a limit, a loop written from the paper, edges."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -178,42 +179,131 @@ def random_scene(seed: int, counts: list[int], canvas: tuple[int, int] = (128, 1
     return Targets(boxes, labels, valid, torch.tensor([canvas] * len(counts))), anchors + shift
 
 
-def per_object_twin(
-    grid: AnchorGrid, boxes: Tensor, predicted: Tensor, geometry: Geometry, weights: tuple[float, float], k: int = 9
-) -> list[int]:
-    """Spec section 1 object by object and candidate by candidate."""
-    wanted: dict[int, list[tuple[float, int]]] = {}
-    for g, box in enumerate(boxes):
-        centre = (box[:2] + box[2:]) / 2
-        candidates, first = [], 0
-        for size in grid.level_sizes:
-            distance = ((grid.points[first : first + size].double() - centre.double()) ** 2).sum(dim=1)
-            order = sorted(range(size), key=lambda i, d=distance: (float(d[i]), i))  # type: ignore[misc]
-            candidates += [first + i for i in order[:k]]
-            first += size
-        kinds = [(weights[0], predicted[candidates]), (weights[1], grid.boxes[candidates])]
-        ious = [(weight, box_iou(source, box, geometry).double()) for weight, source in kinds if weight > 0]
-        threshold = sum(weight * (part.mean() + part.std()) for weight, part in ious)
-        combined = sum(weight * part for weight, part in ious)
-        for i, anchor in enumerate(candidates):
-            (x, y), (x1, y1, x2, y2) = grid.points[anchor].tolist(), box.tolist()
-            if combined[i] >= threshold and min(x - x1, y - y1, x2 - x, y2 - y) > 0.01:  # type: ignore[index]
-                wanted.setdefault(anchor, []).append((-float(combined[i]), g))  # type: ignore[index]
-    return [min(wanted[anchor])[1] if anchor in wanted else BACKGROUND for anchor in range(len(grid.boxes))]
+class Measured(NamedTuple):
+    """An object beside every anchor of the canvas, and what each kind of IoU must reach."""
+
+    candidate: np.ndarray
+    inside: np.ndarray
+    predicted_iou: np.ndarray
+    anchor_iou: np.ndarray
+    predicted_threshold: float
+    anchor_threshold: float
 
 
+def measure_object(
+    grid: AnchorGrid, box: Tensor, predicted: Tensor, usable: Tensor, geometry: Geometry, k: int
+) -> Measured:
+    """ATSS, Algorithm 1, lines 3 to 10 and 12, for one object: spec section 1.1, steps 1 to 3 and 5."""
+    centre = (box[:2] + box[2:]) / 2
+    distance = (grid.points.double() - centre.double()).square().sum(dim=1).numpy()
+    candidate, first = np.zeros(len(distance), dtype=bool), 0
+    for size in grid.level_sizes:
+        order = first + distance[first : first + size].argsort(kind="stable")
+        candidate[[anchor for anchor in order if usable[anchor]][:k]] = True
+        first += size
+    (x, y), (x1, y1, x2, y2) = grid.points.numpy().T, box.numpy()
+    inside = np.minimum.reduce([x - x1, y - y1, x2 - x, y2 - y]) > 0.01
+    ious = [box_iou(boxes, box, geometry).double().numpy() for boxes in (predicted, grid.boxes)]
+    thresholds = [float(part[candidate].mean() + part[candidate].std(ddof=1)) for part in ious]
+    return Measured(candidate, inside, ious[0], ious[1], thresholds[0], thresholds[1])
+
+
+def assign_one_by_one(objects: list[Measured], usable: Tensor, pred_weight: float, anchor_weight: float) -> list[int]:
+    """Paper, section 3.2 and Table 3: objects take what reaches the threshold, later ones only with a larger sum."""
+    owner = np.where(usable.numpy(), BACKGROUND, IGNORED)
+    best = np.full(len(owner), -1.0)
+    for number, it in enumerate(objects):
+        combined = pred_weight * it.predicted_iou + anchor_weight * it.anchor_iou
+        threshold = pred_weight * it.predicted_threshold + anchor_weight * it.anchor_threshold
+        won = it.candidate & (combined >= threshold) & it.inside & (combined > best)
+        owner[won], best[won] = number, combined[won]
+    return owner.tolist()
+
+
+MOVING = "weights_up_1", "weights_1_down", "weights_up_down"
+FIXED = "combined", "predicted_only", "atss_r50_1x", "weights_0p5_1", "weights_1p5_1", "weights_1_0p5", "weights_1_1p5"
+WEIGHTS = [  # w_p, w_a of the paper's tables 2 and 3; those that move: at the start, on the way and at the end
+    *(PRESETS[name].weights_at(1, 1) for name in FIXED),
+    *(PRESETS[name].weights_at(step, 90_000) for name in MOVING for step in (1, 30_001, 60_001, 90_000)),
+]
+
+
+def edge_scenes(grid: AnchorGrid, images: int, largest: int, seed: int) -> tuple[Targets, Tensor]:
+    """Images of any size on a canvas with 0 to `largest` objects, and their predictions.
+
+    Objects: anywhere; centred on anchors and between them, so that distances are equal; twice the same; specks and
+    lines; larger than the image; wholly outside. Predictions: near the anchors or equal to them, the first object
+    everywhere, objects at random places, points.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    def pick(count: int, *shape: int) -> Tensor:
+        return torch.randint(count, shape, generator=generator)
+
+    counts = pick(largest + 1, images)
+    counts[0] = largest
+    slots = int(counts.max())
+    canvas = torch.tensor(grid.shapes[0]) * grid.strides[0]
+    scattered = (1.2 * uniform(images, slots, 2) - 0.1) * canvas.flip(0)
+    centre = torch.where(pick(2, images, slots, 1) == 0, scattered, 4 * pick(25, images, slots, 2))
+    sides = uniform(images, slots, 2) * torch.tensor([0.25, 20, 50, 100])[pick(4, images, slots, 1)]
+    half = torch.where(pick(2, images, slots, 1) == 0, sides, 4 * pick(12, images, slots, 2))
+    boxes = torch.cat([centre - half, centre + half], dim=-1)
+    again = (pick(4, images, slots) == 0) & (torch.arange(slots) > 0)
+    boxes = torch.where(again[..., None], boxes.roll(1, dims=1), boxes)
+    valid = torch.arange(slots) < counts[:, None]
+    boxes = boxes * valid[..., None]
+    sizes = 1 + (uniform(images, 2) * canvas).long()
+    sizes[::3] = canvas
+    shape = images, len(grid.boxes)
+    noise = torch.randn(*shape, 4, generator=generator) * (20 * pick(3, images, 1, 1))
+    predicted = grid.boxes + noise
+    if slots:
+        place = torch.where(pick(4, images, 1) == 0, 0, pick(slots, *shape))
+        at_object = boxes.gather(1, place[..., None].expand(-1, -1, 4))
+        predicted = torch.where((pick(8, *shape, 1) == 0) | (pick(6, images, 1, 1) == 0), at_object, predicted)
+    predicted = torch.where(pick(20, *shape, 1) == 0, predicted[..., :2].repeat(1, 1, 2), predicted)
+    labels = pick(80, images, slots) * valid
+    return Targets(boxes, labels, valid, sizes), predicted
+
+
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("geometry", [MODERN, LEGACY])
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.5, 1.0), (1.0, 0.25)])
-def test_equals_a_loop_over_objects(weights: tuple[float, float], geometry: Geometry) -> None:
-    grid = anchor_grid(level_shapes((128, 160)), geometry)
-    for seed, counts in enumerate([[0, 0], [1, 0], [2, 9], [25, 6]]):
-        targets, predicted = random_scene(seed, counts)
-        found = assign_combined(
-            grid, targets, predicted, geometry=geometry, pred_weight=weights[0], anchor_weight=weights[1]
-        )
-        for image, count in enumerate(counts):
-            twin = per_object_twin(grid, targets.boxes[image, :count], predicted[image], geometry, weights)
-            assert found.gt_index[image].tolist() == twin
+def test_all_variants_equal_a_loop_over_objects_on_a_quarter_of_thousand_scenes(
+    geometry: Geometry, masked: bool
+) -> None:
+    sizes = [(40, 3, (64, 96)), (40, 8, (96, 64)), (40, 20, (64, 64)), (3, 60, (64, 96)), (2, 300, (96, 96))]
+    seed = 100 * masked + 1000 * (geometry is LEGACY)
+    for images, largest, canvas in [*sizes, *sizes]:
+        seed += 1
+        grid = anchor_grid(level_shapes(canvas), geometry)
+        targets, predicted = edge_scenes(grid, images, largest, seed)
+        inside = anchors_inside(grid, targets.sizes)
+        usable = inside if masked else torch.ones_like(inside)
+        k = 4 if seed % 4 == 0 else 9
+        measured = [
+            [measure_object(grid, box, boxes, mask, geometry, k) for box in objects[valid]]
+            for objects, valid, boxes, mask in zip(targets.boxes, targets.valid, predicted, usable, strict=True)
+        ]
+        for pred_weight, anchor_weight in WEIGHTS:
+            found = assign_combined(
+                grid,
+                targets,
+                predicted,
+                geometry=geometry,
+                pred_weight=pred_weight,
+                anchor_weight=anchor_weight,
+                k=k,
+                anchor_valid=inside if masked else None,
+            )
+            expected = [
+                assign_one_by_one(objects, mask, pred_weight, anchor_weight)
+                for objects, mask in zip(measured, usable, strict=True)
+            ]
+            assert found.gt_index.tolist() == expected
 
 
 def test_thousand_scenes_of_predictions_equal_to_the_anchors() -> None:
