@@ -164,6 +164,18 @@ def test_distances_of_distributions_are_clamped(strides: float, expected: float)
     assert losses["loss_dfl"].item() == pytest.approx(0.25 * sum(sides) / 4, abs=1e-6)
 
 
+@pytest.mark.parametrize("stride", [8, 32])
+def test_distributions_are_in_strides_of_their_level(stride: int) -> None:
+    # Three strides to each side; logit 2 at bin 3, else 0: ln(e^2 + 16) - 2 = 1.152267, of which a quarter.
+    config, reach = of("gfl"), 3.0 * stride
+    outputs, targets = on_anchors(config, [[-32.0, -32, 32, 32]], [[-reach, -reach, reach, reach]])
+    bins = torch.zeros(1, 1, 4, 17)
+    bins[..., 3] = 2.0
+    outputs = outputs._replace(regression=bins.flatten(2), grid=outputs.grid._replace(strides=(stride,)))
+    losses = assigned_losses(outputs, targets, learning(targets, [0]), config)
+    assert losses["loss_dfl"].item() == pytest.approx(0.25 * 1.152267, abs=1e-6)
+
+
 def test_a_positive_without_overlap() -> None:
     # q = 0: quality focal loss learns it as a negative, varifocal not at all; VFNet raises its IoU to 1e-6 first.
     anchors, gts = [[0.0, 0, 64, 64]], [[900.0, 900, 964, 964]]
