@@ -8,12 +8,15 @@ import os
 import re
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import nox
 
 METHODS = ("paa", "dynamic_atss")
 PACKAGES = ("core", *METHODS, "benchmarks")
+WORKERS = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")  # a worker takes half a gigabyte and more
 UNTRACED = ("-p", "no:jaxtyping", "-o", "addopts=-q --strict-markers")  # torch.compile cannot trace jaxtyping's checks
 
 nox.needs_version = ">=2024.4"
@@ -29,9 +32,9 @@ def python(session: nox.Session, *arguments: str, success_codes: tuple[int, ...]
 
 
 def pytest(session: nox.Session, *arguments: str) -> None:
-    """Run pytest with nox's arguments after --, which may select no test at all."""
+    """Run pytest on all cores with nox's arguments after --, which may select no test at all."""
     nothing_selected = (5,) if session.posargs else ()
-    python(session, "-m", "pytest", *arguments, *session.posargs, success_codes=(0, *nothing_selected))
+    python(session, "-m", "pytest", *WORKERS, *arguments, *session.posargs, success_codes=(0, *nothing_selected))
 
 
 @nox.session
@@ -62,18 +65,23 @@ def consistency(session: nox.Session) -> None:
 
 @nox.session
 def smoke(session: nox.Session) -> None:
-    """Every method: train a few steps on a few drawn images, evaluate, predict, report."""
+    """Every method, side by side: train a few steps on a few drawn images, evaluate, predict, report."""
     with tempfile.TemporaryDirectory() as folder:
         data = f"{folder}/shapes"
         python(session, "-m", "core.data", "shapes", data, "--train", "8", "--val", "4", "--test", "2")
-        for method in METHODS:
-            run = f"{folder}/{method}"
-            small = ("--channels", "64", "--short-side", "96", "--long-side", "128", "--batch-size", "2")
-            train = ("--preset", "quick", "--data", data, "--steps", "4", *small, "--out", run)
-            python(session, "-m", f"{method}.train", *train)
-            python(session, "-m", f"{method}.evaluate", f"{run}/best.pt", "--split", "test")
-            python(session, "-m", f"{method}.predict", f"{run}/best.pt", f"{data}/test")
-            python(session, "-m", f"{method}.report", run, "--out", f"{run}/report.md")
+        with ThreadPoolExecutor(min(len(METHODS), os.cpu_count() or 1)) as pool:
+            list(pool.map(partial(use, session, data, folder), METHODS))  # raises what the first to fail raised
+
+
+def use(session: nox.Session, data: str, folder: str, method: str) -> None:
+    """A method's commands one after the other, each a process of its own as a user starts it."""
+    run = f"{folder}/{method}"
+    small = ("--channels", "64", "--short-side", "96", "--long-side", "128", "--batch-size", "2")
+    train = ("--preset", "quick", "--data", data, "--steps", "4", *small, "--out", run)
+    python(session, "-m", f"{method}.train", *train)
+    python(session, "-m", f"{method}.evaluate", f"{run}/best.pt", "--split", "test")
+    python(session, "-m", f"{method}.predict", f"{run}/best.pt", f"{data}/test")
+    python(session, "-m", f"{method}.report", run, "--out", f"{run}/report.md")
 
 
 @nox.session

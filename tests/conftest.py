@@ -1,20 +1,36 @@
-"""What all tests share: a thread limit, the committed golden files, and the optional folder of real data."""
+"""What all tests share: one thread, their order, the committed golden files, and the optional folder of real data."""
 
 import os
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-GOLDEN = Path(__file__).parent / "golden"
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+FOLDER = Path(__file__).parent
+GOLDEN = FOLDER / "golden"
+torch.set_num_threads(1)  # sums depend on how many threads share them; several workers fill the cores
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 def golden_arrays(name: str) -> dict[str, np.ndarray]:
     """All arrays of a committed golden file."""
     with np.load(GOLDEN / name) as archive:
         return {key: archive[key] for key in archive.files}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of whole runs, which stand beside this file, come first: no worker waits for a long one at the end."""
+    items.sort(key=lambda item: item.path.parent != FOLDER)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What tests and their fixtures draw without a seed of their own depends on no other test and on no worker."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,6 @@
-"""Small training runs of any method as a user starts them: command lines in processes of their own."""
+"""Small training runs of any method as a user starts them: command lines, in processes of their own or in this one."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from core.runlog import MACHINE_FIELDS
@@ -58,6 +60,13 @@ def run(module: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedPro
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def call(module: str, *arguments: str) -> None:
+    """A command in this process, which has loaded torch already; its mistakes arrive as UserError."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments])
+        importlib.import_module(module).main()
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,18 @@ def answer(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def answer_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, *arguments: str
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command that needs torch, run as `python -m` does but in this process."""
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_module(module, run_name="__main__")
+    assert isinstance(leaving.value.code, int)
+    return leaving.value.code, *capsys.readouterr()
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_answers_without_torch(method: str, command: str) -> None:
@@ -41,11 +54,14 @@ def test_help_answers_without_torch(method: str, command: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_dry_run_prints_the_recipe_and_the_size_of_the_model(method: str) -> None:
-    result = answer(f"{method}.train", "--preset", "quick", "--seed", "3", "--dry-run")
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"^seed: 3\b", result.stdout, flags=re.MULTILINE)
-    assert re.search(r"^# model [\d,]+ parameters .* [\d.]+ GFLOPs", result.stdout, flags=re.MULTILINE)
+def test_dry_run_prints_the_recipe_and_the_size_of_the_model(
+    method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--preset", "quick", "--seed", "3", "--dry-run")
+    code, out, _ = answer_here(monkeypatch, capsys, f"{method}.train", *flags)
+    assert code == 0
+    assert re.search(r"^seed: 3\b", out, flags=re.MULTILINE)
+    assert re.search(r"^# model [\d,]+ parameters .* [\d.]+ GFLOPs", out, flags=re.MULTILINE)
     mistake = answer(f"{method}.train", "--preset", "quik", "--dry-run")
     assert (mistake.returncode, mistake.stdout) == (2, "loaded:\n")
 
@@ -75,12 +91,14 @@ def test_mistake_is_one_line_that_names_the_nearest(method: str, arguments: tupl
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
-def test_missing_weights_are_one_line(method: str, command: str, tmp_path: Path) -> None:
+def test_missing_weights_are_one_line(
+    method: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     image = () if command == "evaluate" else ("photo.jpg",)
-    result = answer(f"{method}.{command}", str(tmp_path / "none.pt"), *image)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {tmp_path / 'none.pt'}")
-    assert result.stderr.count("\n") == 1
+    code, _, errors = answer_here(monkeypatch, capsys, f"{method}.{command}", str(tmp_path / "none.pt"), *image)
+    assert code == 2
+    assert errors.startswith(f"error: {tmp_path / 'none.pt'}")
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -103,14 +121,17 @@ def test_a_users_own_core_folder_is_named(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_missing_data_says_where_to_get_it_and_what_to_try(method: str, tmp_path: Path) -> None:
+def test_missing_data_says_where_to_get_it_and_what_to_try(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
-    result = answer(f"{method}.train", "--data", str(tmp_path / "coco"), "--out", str(out))
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert str(tmp_path / "coco") in result.stderr
-    assert "--data shapes" in result.stderr
+    flags = ("--data", str(tmp_path / "coco"), "--out", str(out))
+    code, _, errors = answer_here(monkeypatch, capsys, f"{method}.train", *flags)
+    assert code == 2
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert str(tmp_path / "coco") in errors
+    assert "--data shapes" in errors
     assert not out.exists()
 
 

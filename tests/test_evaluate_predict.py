@@ -1,9 +1,7 @@
 """`evaluate` and `predict` of every method on a model of two steps: what they write, and what they refuse."""
 
-import importlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from core.commands import ImageSource, output_names
 from core.errors import UserError
 from core.evaluator import METRICS, evaluate_boxes, read_detections, read_ground_truth
 from core.tta import paper_views
-from tests.runs import METHODS, TINY, run
+from tests.runs import METHODS, TINY, call, run
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest
     """A method and its checkpoint. A low threshold: an untrained model would find nothing."""
     out = tmp_path_factory.mktemp(request.param) / "run"
     schedule = ("--steps", "2", "--batch-size", "2", "--workers", "0", "--score-threshold", "0.001")
-    run(f"{request.param}.train", "--data", str(data), *TINY, *schedule, "--out", str(out))
+    call(f"{request.param}.train", "--data", str(data), *TINY, *schedule, "--out", str(out))
     return request.param, out / "best.pt"
 
 
@@ -43,21 +41,14 @@ def undo_deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def call(module: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    """A command in this process; its mistakes arrive as UserError."""
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
-    importlib.import_module(module).main()
-
-
 def test_evaluate_writes_what_the_evaluator_says(
     trained: tuple[str, Path],
     data: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     method, weights = trained
-    call(f"{method}.evaluate", monkeypatch, str(weights), "--workers", "0", "--out", str(tmp_path))
+    call(f"{method}.evaluate", str(weights), "--workers", "0", "--out", str(tmp_path))
     metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     found = read_detections(tmp_path / "detections.json")
     assert len(found.scores) > 0
@@ -68,13 +59,13 @@ def test_evaluate_writes_what_the_evaluator_says(
 
 
 def test_deterministic_detections_are_the_same_bytes_for_any_batch_size(
-    trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[str, Path], tmp_path: Path
 ) -> None:
     method, weights = trained
     written = []
     for size in ("1", "2", "5"):
         flags = ("--workers", "0", "--deterministic", "--batch-size", size, "--out", str(tmp_path / size))
-        call(f"{method}.evaluate", monkeypatch, str(weights), *flags)
+        call(f"{method}.evaluate", str(weights), *flags)
         written.append((tmp_path / size / "detections.json").read_bytes())
     assert written[0] == written[1] == written[2]
 
@@ -87,7 +78,10 @@ def test_deterministic_detections_are_the_same_bytes_for_any_number_of_ranks(
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         flags = ("--workers", "0", "--deterministic", "--device", "cpu", "--out", str(out))
-        run(f"{method}.evaluate", str(weights), *flags, ranks=ranks)
+        if ranks == 1:
+            call(f"{method}.evaluate", str(weights), *flags)
+        else:
+            run(f"{method}.evaluate", str(weights), *flags, ranks=ranks)
         written.append((out / "detections.json").read_bytes())
     assert written[0] == written[1]
 
@@ -105,7 +99,7 @@ def test_views_change_detections_and_one_view_does_not(
     for name, flags, part in (("plain", (), 0), ("one", ("--tta",), 1), ("four", ("--tta",), 4)):
         use_views(monkeypatch, slice(part))
         out = tmp_path / name
-        call(f"{method}.evaluate", monkeypatch, str(weights), "--workers", "0", *flags, "--out", str(out))
+        call(f"{method}.evaluate", str(weights), "--workers", "0", *flags, "--out", str(out))
         printed = capsys.readouterr().out
         assert ("4 views of each image, short sides 32 to 64 px" in printed) == (name == "four")
         assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["tta"] == (name != "plain")
@@ -122,7 +116,7 @@ def test_merged_detections_are_the_same_bytes_for_any_batch_size(
     written = []
     for size in ("1", "3"):
         flags = ("--tta", "--workers", "0", "--deterministic", "--batch-size", size, "--out", str(tmp_path / size))
-        call(f"{method}.evaluate", monkeypatch, str(weights), *flags)
+        call(f"{method}.evaluate", str(weights), *flags)
         written.append((tmp_path / size / "detections.json").read_bytes())
     assert written[0] == written[1]
 
@@ -130,18 +124,16 @@ def test_merged_detections_are_the_same_bytes_for_any_batch_size(
 def test_views_go_to_a_folder_of_their_own(trained: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     method, weights = trained
     use_views(monkeypatch, slice(2))
-    call(f"{method}.evaluate", monkeypatch, str(weights), "--workers", "0", "--tta")
+    call(f"{method}.evaluate", str(weights), "--workers", "0", "--tta")
     assert (weights.parent / "evaluate-val-tta" / "metrics.json").exists()
 
 
-def test_batch_size_moves_detections_by_rounding_only(
-    trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batch_size_moves_detections_by_rounding_only(trained: tuple[str, Path], tmp_path: Path) -> None:
     method, weights = trained
     parts = []
     for size in ("1", "5"):
         out = tmp_path / size
-        call(f"{method}.evaluate", monkeypatch, str(weights), "--workers", "0", "--batch-size", size, "--out", str(out))
+        call(f"{method}.evaluate", str(weights), "--workers", "0", "--batch-size", size, "--out", str(out))
         parts.append(read_detections(out / "detections.json"))
     one, five = (part._asdict() for part in parts)
     order = [np.lexsort((part["scores"].round(4), part["category_id"], part["image_id"])) for part in (one, five)]
@@ -149,15 +141,13 @@ def test_batch_size_moves_detections_by_rounding_only(
     np.testing.assert_allclose(one["scores"][order[0]], five["scores"][order[1]], atol=1e-4)
 
 
-def test_predict_draws_every_image_once(
-    trained: tuple[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_predict_draws_every_image_once(trained: tuple[str, Path], data: Path, tmp_path: Path) -> None:
     method, weights = trained
     other = tmp_path / "other"
     first = sorted((data / "val").iterdir())[0]
     shutil.copytree(data / "val", other)
     flags = ("--score", "0", "--out", str(tmp_path / "out"))
-    call(f"{method}.predict", monkeypatch, str(weights), str(other), str(first), *flags)
+    call(f"{method}.predict", str(weights), str(other), str(first), *flags)
     records = json.loads((tmp_path / "out" / "predictions.json").read_text(encoding="utf-8"))
     assert len(records) == 6
     drawn = [record["drawn"] for record in records]
@@ -173,17 +163,15 @@ def test_predict_draws_every_image_once(
             assert -0.01 <= y1 <= y2 <= record["height"] + 0.01
 
 
-def test_predict_finds_what_evaluate_finds(
-    trained: tuple[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_predict_finds_what_evaluate_finds(trained: tuple[str, Path], data: Path, tmp_path: Path) -> None:
     method, weights = trained
     content = json.loads((data / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
     image = content["images"][0]
-    call(f"{method}.evaluate", monkeypatch, str(weights), "--workers", "0", "--deterministic", "--out", str(tmp_path))
+    call(f"{method}.evaluate", str(weights), "--workers", "0", "--deterministic", "--out", str(tmp_path))
     found = read_detections(tmp_path / "detections.json")
     rows = found.image_id == image["id"]
     flags = ("--score", "0", "--deterministic", "--out", str(tmp_path / "predicted"))
-    call(f"{method}.predict", monkeypatch, str(weights), str(data / "val" / image["file_name"]), *flags)
+    call(f"{method}.predict", str(weights), str(data / "val" / image["file_name"]), *flags)
     (record,) = json.loads((tmp_path / "predicted" / "predictions.json").read_text(encoding="utf-8"))
     boxes = np.array([detection["box"] for detection in record["detections"]])
     boxes[:, 2:] -= boxes[:, :2]
@@ -194,7 +182,6 @@ def test_test_dev_writes_detections_and_no_numbers(
     trained: tuple[str, Path],
     data: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     method, weights = trained
@@ -205,7 +192,7 @@ def test_test_dev_writes_detections_and_no_numbers(
     (coco / "annotations").mkdir()
     (coco / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(content), encoding="utf-8")
     flags = ("--data", str(coco), "--split", "test-dev", "--workers", "0")
-    call(f"{method}.evaluate", monkeypatch, str(weights), *flags, "--out", str(out))
+    call(f"{method}.evaluate", str(weights), *flags, "--out", str(out))
     assert [path.name for path in out.iterdir()] == ["detections.json"]
     found = read_detections(out / "detections.json")
     assert set(found.image_id) <= {image["id"] for image in content["images"]}
@@ -215,16 +202,14 @@ def test_test_dev_writes_detections_and_no_numbers(
     assert f"python -m {method}.report --submission" in said
 
 
-def test_other_classes_are_refused(
-    trained: tuple[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_classes_are_refused(trained: tuple[str, Path], data: Path, tmp_path: Path) -> None:
     method, weights = trained
     renamed = tmp_path / "data"
     shutil.copytree(data, renamed)
     for path in (renamed / "annotations").iterdir():
         path.write_text(path.read_text(encoding="utf-8").replace('"star"', '"stair"'), encoding="utf-8")
     with pytest.raises(UserError, match=r"class 4 'star' is 4 'stair' in .*instances_val"):
-        call(f"{method}.evaluate", monkeypatch, str(weights), "--data", str(renamed), "--out", str(tmp_path / "out"))
+        call(f"{method}.evaluate", str(weights), "--data", str(renamed), "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -242,7 +227,6 @@ def test_predict_refuses(
     trained: tuple[str, Path],
     data: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
@@ -252,13 +236,11 @@ def test_predict_refuses(
     places = {"EMPTY": tmp_path / "empty", "TEXT": tmp_path / "text.jpg", "IMAGE": next((data / "val").iterdir())}
     words = [str(places.get(word, word)) for word in arguments]
     with pytest.raises(UserError, match=message) as error:
-        call(f"{method}.predict", monkeypatch, str(weights), *words, "--out", str(tmp_path / "out"))
+        call(f"{method}.predict", str(weights), *words, "--out", str(tmp_path / "out"))
     assert "\n" not in str(error.value)
 
 
-def test_predict_never_draws_over_what_it_reads(
-    trained: tuple[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_predict_never_draws_over_what_it_reads(trained: tuple[str, Path], data: Path, tmp_path: Path) -> None:
     method, weights = trained
     own = tmp_path / "own"
     own.mkdir()
@@ -266,7 +248,7 @@ def test_predict_never_draws_over_what_it_reads(
     Image.open(first).save(own / "mine.png")
     before = (own / "mine.png").read_bytes()
     with pytest.raises(UserError, match=r"mine.png: is one of the images to read"):
-        call(f"{method}.predict", monkeypatch, str(weights), str(own), "--out", str(own))
+        call(f"{method}.predict", str(weights), str(own), "--out", str(own))
     assert (own / "mine.png").read_bytes() == before
 
 

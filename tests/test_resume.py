@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import METHODS, ROOT, TINY, command, environment, read_checkpoint, read_log, run, tensors_of
+from tests.runs import METHODS, ROOT, TINY, call, command, environment, read_checkpoint, read_log, run, tensors_of
 
 STEPS = 14  # of 2 images from 10: the fifth batch of every epoch ends it, so steps 7 and 12 are in mid-epoch
 SAVE_EVERY = 4
@@ -41,7 +41,7 @@ def kill_after(module: str, arguments: list[str], log: Path, steps: int) -> None
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_run_resumes_bit_for_bit(method: str, data: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    run(f"{method}.train", *flags(data, whole, workers=0))
+    call(f"{method}.train", *flags(data, whole, workers=0))
     expected, rows = read_checkpoint(whole), read_log(whole)
     assert expected["step"] == STEPS
     for workers, stop in ((0, 6), (2, 10)):
@@ -49,7 +49,7 @@ def test_killed_run_resumes_bit_for_bit(method: str, data: Path, tmp_path: Path)
         arguments = flags(data, killed, workers)
         kill_after(f"{method}.train", arguments, killed / "log.jsonl", stop)
         assert read_checkpoint(killed)["step"] < STEPS
-        run(f"{method}.train", *arguments)
+        call(f"{method}.train", *arguments)
         ours, theirs = tensors_of(read_checkpoint(killed)), tensors_of(expected)
         assert ours.keys() == theirs.keys()
         assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []

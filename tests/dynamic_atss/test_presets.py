@@ -8,6 +8,8 @@ from functools import partial
 import pytest
 import torch
 
+from core.backbone import ARCHITECTURES
+from core.complexity import model_complexity
 from core.data.loader import train_batches
 from core.data.sources import DataSource, open_data
 from core.inference import on_validation
@@ -63,7 +65,13 @@ AUTHORS_RECIPE = {
     "warmup": "constant",
     "warmup_factor": 1 / 3,
 }
-WHOLE = ("r101_dcn_2x_ms", "x101_32x8d_dcn_2x_ms")  # run with the backbones they name, all others with ResNet-18
+WIDE = ("r101_dcn_2x_ms", "x101_32x8d_dcn_2x_ms")  # one block a stage of what they name, all others on ResNet-18
+PARAMETERS = {  # without deformable convolutions, 80 classes
+    "resnet50": 32_295_322,  # the first three: spec PAA section 10, less 2,048 biases of the towers
+    "resnet101": 51_287_450,
+    "resnext101_64x4d": 90_193_562,
+    "resnext101_32x8d": 90_193_562 - 83_455_272 + 88_791_336,  # torchvision's classifiers differ by as much
+}
 LOSSES = {
     "gflv2": {"loss_cls", "loss_box", "loss_dfl"},
     "vfnet": {"loss_cls", "loss_first", "loss_box"},
@@ -127,12 +135,24 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> DataSource:
     return open_data(str(folder))
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_size_of_the_whole_model(name: str) -> None:
+    config = PRESETS[name]
+    depths, width = ARCHITECTURES[config.backbone].depths, 256 if config.backbone.startswith("resnext") else 64
+    offsets = [depths[stage - 2] * (27 * (9 * width * 2 ** (stage - 2) + 1)) for stage in config.dcn_stages]
+    tower = 2 * 27 * (9 * 256 + 1) if config.dcn_tower else 0
+    size = model_complexity(config, DynamicATSS)  # one forward of all layers, on the device without memory
+    assert size.parameters == PARAMETERS[config.backbone] + sum(offsets) + tower
+
+
 @pytest.mark.parametrize("name", PRESETS)
-def test_one_step_and_an_evaluation(name: str, drawings: DataSource) -> None:
+def test_one_step_and_an_evaluation(name: str, drawings: DataSource, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = PRESETS[name]
+    one_block = ARCHITECTURES[preset.backbone]._replace(depths=(1, 1, 1, 1))
+    monkeypatch.setitem(ARCHITECTURES, preset.backbone, one_block)
     config = replace(
         preset,
-        backbone=preset.backbone if name in WHOLE else "resnet18",
+        backbone=preset.backbone if name in WIDE else "resnet18",
         backbone_weights="none",
         frozen_stages=0,
         channels=64,

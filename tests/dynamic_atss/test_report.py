@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +10,9 @@ import pytest
 from core.configfile import to_yaml
 from core.errors import UserError
 from core.published import Published, PublishedTable, read_published
-from dynamic_atss import report
 from dynamic_atss.config import PRESETS
 from dynamic_atss.report import RESULTS
-from tests.runs import ROOT, TINY, run
+from tests.runs import ROOT, TINY, call, run
 
 NOT_THE_PAPERS = ("small", "quick")
 PARTS = ("anchor_weight", "pred_weight", "class_loss", "quality")  # what the rows of Table 2 differ in
@@ -111,19 +109,13 @@ def test_repositories_numbers(published: Published) -> None:
 # The command
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["dynamic_atss.report", *arguments])
-    report.main()
-
-
-def test_a_tiny_run_from_training_to_its_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tiny_run_from_training_to_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
     run("core.data", "shapes", str(data), "--train", "4", "--val", "2", "--test", "0")
     length = ("--steps", "2", "--batch-size", "2", "--workers", "0")
-    run("dynamic_atss.train", "--data", str(data), *TINY, *length, "--out", str(out))
-    call(monkeypatch, str(out), "--out", str(tmp_path / "report.md"))
+    call("dynamic_atss.train", "--data", str(data), *TINY, *length, "--out", str(out))
+    capsys.readouterr()
+    call("dynamic_atss.report", str(out), "--out", str(tmp_path / "report.md"))
     said = capsys.readouterr().out
     table, _, others = said.partition("## Runs that differ")
     assert "not measured" in table
@@ -139,14 +131,14 @@ def test_a_tiny_run_from_training_to_its_report(
     [("combined", 3), ("atss_r50_1x", 3), ("r50_1x", 1), ("gflv2_r50_1x", 2), ("vfnet_combined_r50_1x", 1)],
 )
 def test_a_full_run_would_stand_in_its_rows(
-    preset: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    preset: str, rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = replace(PRESETS[preset], preset=preset, data="elsewhere/coco", seed=4)
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     facts = {"AP": 0.3987, "data": "coco", "split": "val", "images": 5000}
     (tmp_path / "evaluate-val").mkdir()
     (tmp_path / "evaluate-val" / "metrics.json").write_text(json.dumps(facts), encoding="utf-8")
-    call(monkeypatch, str(tmp_path))
+    call("dynamic_atss.report", str(tmp_path))
     lines = capsys.readouterr().out.splitlines()
     measured = [line for line in lines if "AP 39.9" in line]
     assert len(measured) == rows
@@ -163,22 +155,20 @@ def test_a_full_run_would_stand_in_its_rows(
         (("nowhere",), "nowhere: no such folder"),
     ],
 )
-def test_mistakes(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str) -> None:
+def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        call(monkeypatch, *arguments)
+        call("dynamic_atss.report", *arguments)
     assert "\n" not in str(error.value)
 
 
-def test_submission_prints_the_published_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_submission_prints_the_published_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = {"id": 7, "file_name": "a.jpg", "height": 9, "width": 9}
     info = {"images": [image], "categories": [{"id": 1, "name": "person"}]}
     (tmp_path / "info.json").write_text(json.dumps(info))
     detection = {"image_id": 7, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}
     (tmp_path / "d.json").write_text(json.dumps([detection]))
     flags = ("--image-info", str(tmp_path / "info.json"), "--name", "mine", "--out", str(tmp_path / "s.zip"))
-    call(monkeypatch, "--submission", str(tmp_path / "d.json"), *flags)
+    call("dynamic_atss.report", "--submission", str(tmp_path / "d.json"), *flags)
     said = capsys.readouterr().out
     assert (tmp_path / "s.zip").exists()
     assert re.search(r"^\| Dynamic ATSS, ResNet-50-DCN, 1x .* 44\.4 .* server closed", said, flags=re.MULTILINE)

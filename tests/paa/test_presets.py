@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 
+from core.backbone import ARCHITECTURES
+from core.complexity import model_complexity
 from core.data.loader import train_batches
 from core.data.sources import DataSource, open_data
 from core.inference import on_validation
@@ -43,6 +45,14 @@ SHARED_RECIPE = {  # of all of them
     "norm": "frozen",
     "empty_images": "skip",
     "dcn_groups": 1,
+}
+PARAMETERS = {  # without deformable convolutions, 80 classes
+    "resnet50": 32_295_322,  # the first three: spec section 10, less 2,048 biases of the towers
+    "resnet101": 51_287_450,
+    "resnext101_64x4d": 90_193_562,
+    "resnext101_32x8d": 90_193_562 - 83_455_272 + 88_791_336,  # torchvision's classifiers differ by as much
+    # 4 blocks of C3 and 13 of C4 more: two 1 x 1 and a 3 x 3 convolution in 32 groups, and their three norms
+    "resnext152_32x8d": 95_529_626 + 4 * (2 * 512**2 + 512 * 16 * 9 + 3072) + 13 * (2 * 1024**2 + 1024 * 32 * 9 + 6144),
 }
 
 
@@ -84,10 +94,23 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> DataSource:
     return open_data(str(folder))
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_size_of_the_whole_model(name: str) -> None:
+    config = PRESETS[name]
+    depths, width = ARCHITECTURES[config.backbone].depths, 256 if config.backbone.startswith("resnext") else 64
+    offsets = [depths[stage - 2] * (27 * (9 * width * 2 ** (stage - 2) + 1)) for stage in config.dcn_stages]
+    tower = 2 * 27 * (9 * 256 + 1) if config.dcn_tower else 0
+    size = model_complexity(config, PAA)  # one forward of all layers, on the device without memory
+    assert size.parameters == PARAMETERS[config.backbone] + sum(offsets) + tower
+    assert size.canvas == (800, 1280)
+
+
 @pytest.mark.parametrize("name", PRESETS)
-def test_one_step_and_an_evaluation(name: str, drawings: DataSource) -> None:
+def test_one_step_and_an_evaluation(name: str, drawings: DataSource, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = PRESETS[name]
-    # the paper's backbones in full width; the ablations, which share one, on the smallest
+    # the paper's backbones in full width, one block for each stage; the ablations, which share one, on the smallest
+    one_block = ARCHITECTURES[preset.backbone]._replace(depths=(1, 1, 1, 1))
+    monkeypatch.setitem(ARCHITECTURES, preset.backbone, one_block)
     config = replace(
         preset,
         backbone="resnet18" if name in ABLATIONS else preset.backbone,

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +15,11 @@ from core.errors import UserError
 from core.nms import Candidates
 from core.published import Published, read_published
 from core.types import Targets
-from paa import report
 from paa.config import PRESETS, Config
 from paa.iou_accuracy import PredictedIous, best_ious, describe, detection_ious, positive_ious
 from paa.model import Outputs
 from paa.report import RESULTS
-from tests.runs import TINY, run
+from tests.runs import TINY, call, run
 
 NOT_THE_PAPERS = ("small", "quick")
 
@@ -150,37 +148,18 @@ def test_describe_by_hand() -> None:
 # The command
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["paa.report", *arguments])
-    report.main()
-
-
-def test_a_tiny_run_from_training_to_its_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tiny_run_from_training_to_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
     run("core.data", "shapes", str(data), "--train", "4", "--val", "2", "--test", "0")
-    run(
-        "paa.train",
-        "--data",
-        str(data),
-        *TINY,
-        "--steps",
-        "3",
-        "--batch-size",
-        "2",
-        "--workers",
-        "0",
-        "--out",
-        str(out),
-    )
-    call(monkeypatch, "--iou-accuracy", str(out / "best.pt"), "--workers", "0", "--device", "cpu")
+    length = ("--steps", "3", "--batch-size", "2", "--workers", "0")
+    call("paa.train", "--data", str(data), *TINY, *length, "--out", str(out))
+    call("paa.report", "--iou-accuracy", str(out / "best.pt"), "--workers", "0", "--device", "cpu")
     accuracy = json.loads((out / "iou-accuracy-val.json").read_text(encoding="utf-8"))
     assert accuracy["positives"]["count"] > 0
     assert 0 <= accuracy["positives"]["mean_absolute_error"] <= 1
     assert (accuracy["images"], accuracy["split"]) == (2, "val")
     assert "mean |predicted IoU - IoU|" in capsys.readouterr().out
-    call(monkeypatch, str(out), "--out", str(tmp_path / "report.md"))
+    call("paa.report", str(out), "--out", str(tmp_path / "report.md"))
     said = capsys.readouterr().out
     table, _, others = said.partition("## Runs that differ")
     assert "not measured" in table
@@ -191,9 +170,7 @@ def test_a_tiny_run_from_training_to_its_report(
     assert (tmp_path / "report.md").exists()
 
 
-def test_a_full_run_would_stand_in_its_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_run_would_stand_in_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from core.configfile import to_yaml
 
     config = replace(PRESETS["r50_1p5x"], preset="r50_1p5x", data="elsewhere/coco", seed=4)
@@ -203,14 +180,14 @@ def test_a_full_run_would_stand_in_its_rows(
         (tmp_path / f"evaluate-{name}").mkdir()
         facts = {"AP": 0.411, "data": "coco", "split": "val", "images": 5000, **content}
         (tmp_path / f"evaluate-{name}" / "metrics.json").write_text(json.dumps(facts), encoding="utf-8")
-    call(monkeypatch, str(tmp_path))
+    call("paa.report", str(tmp_path))
     lines = capsys.readouterr().out.splitlines()
     assert sum("AP 41.1" in line and "`r50_1p5x`" in line for line in lines) == 4  # tables 1 twice, 4, README
     assert sum("AP 40.9" in line and "`no_voting`" in line for line in lines) == 1
     assert not any("differ" in line for line in lines)
 
 
-def test_weights_without_iou_branch_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_without_iou_branch_are_refused(tmp_path: Path) -> None:
     from dataclasses import asdict
 
     from core import checkpoint
@@ -220,7 +197,7 @@ def test_weights_without_iou_branch_are_refused(tmp_path: Path, monkeypatch: pyt
     content = {"method": "paa", "config": asdict(config), "categories": [[1, "a"]]}
     checkpoint.save(tmp_path / "w.pt", {**content, "model": PAA(config, 1).state_dict()})
     with pytest.raises(UserError, match=r"w.pt: has no IoU branch, it was trained with quality centerness"):
-        call(monkeypatch, "--iou-accuracy", str(tmp_path / "w.pt"), "--device", "cpu")
+        call("paa.report", "--iou-accuracy", str(tmp_path / "w.pt"), "--device", "cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
 
 
@@ -237,22 +214,20 @@ def test_weights_without_iou_branch_are_refused(tmp_path: Path, monkeypatch: pyt
         (("nowhere",), "nowhere: no such folder"),
     ],
 )
-def test_mistakes(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str) -> None:
+def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        call(monkeypatch, *arguments)
+        call("paa.report", *arguments)
     assert "\n" not in str(error.value)
 
 
-def test_submission_prints_the_published_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_submission_prints_the_published_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = {"id": 7, "file_name": "a.jpg", "height": 9, "width": 9}
     info = {"images": [image], "categories": [{"id": 1, "name": "person"}]}
     (tmp_path / "info.json").write_text(json.dumps(info))
     detection = {"image_id": 7, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}
     (tmp_path / "d.json").write_text(json.dumps([detection]))
     flags = ("--image-info", str(tmp_path / "info.json"), "--name", "mine", "--out", str(tmp_path / "s.zip"))
-    call(monkeypatch, "--submission", str(tmp_path / "d.json"), *flags)
+    call("paa.report", "--submission", str(tmp_path / "d.json"), *flags)
     said = capsys.readouterr().out
     assert (tmp_path / "s.zip").exists()
     assert "cocoapi issue 691" in said
