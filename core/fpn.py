@@ -8,10 +8,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the size at stride 1: Kaiming-uniform weight with a = 1, bias 0 (spec PAA section 1)."""
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, xavier: bool = False) -> nn.Conv2d:
+    """A convolution that keeps the size at stride 1: bias 0, Kaiming-uniform weight with a = 1 (spec PAA section 1)."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
-    nn.init.kaiming_uniform_(conv.weight, a=1)
+    if xavier:
+        nn.init.xavier_uniform_(conv.weight)
+    else:
+        nn.init.kaiming_uniform_(conv.weight, a=1)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
     return conv
@@ -25,6 +28,7 @@ class FPN(nn.Module):
         channels: of every output.
         relu_before_p7: P7 reads ReLU(P6), as the authors of PAA and ATSS do; MMDetection has none.
         p6_from: P6 reads the output P5 or, as RetinaNet, C5.
+        xavier: weights start Xavier-uniform (spec TOOD section 1.1) and not Kaiming-uniform with a = 1.
     """
 
     def __init__(
@@ -33,15 +37,16 @@ class FPN(nn.Module):
         channels: int,
         relu_before_p7: bool = False,
         p6_from: Literal["p5", "c5"] = "p5",
+        xavier: bool = False,
     ) -> None:
         super().__init__()
         self.relu_before_p7 = relu_before_p7
         self.p6_from = p6_from
-        self.lateral = nn.ModuleList(_conv(width, channels, kernel=1) for width in in_channels)
+        self.lateral = nn.ModuleList(_conv(width, channels, kernel=1, xavier=xavier) for width in in_channels)
         p6_channels = channels if p6_from == "p5" else in_channels[-1]
         self.output = nn.ModuleList(
-            [_conv(channels, channels, kernel=3) for _ in in_channels]
-            + [_conv(width, channels, kernel=3, stride=2) for width in (p6_channels, channels)]
+            [_conv(channels, channels, kernel=3, xavier=xavier) for _ in in_channels]
+            + [_conv(width, channels, kernel=3, stride=2, xavier=xavier) for width in (p6_channels, channels)]
         )
 
     def forward(self, features: list[Float[Tensor, "B _ _ _"]]) -> list[Float[Tensor, "B C _ _"]]:

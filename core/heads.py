@@ -11,6 +11,7 @@ from core.anchors import STRIDES
 from core.layers import Scale, conv_tower, head_conv
 
 PRIOR = 0.01  # class score of every anchor at the start (RetinaNet, section 4.1)
+PRIOR_LOGIT = -math.log((1 - PRIOR) / PRIOR)  # -4.59512, the bias that gives it
 
 
 class HeadOutputs(NamedTuple):
@@ -39,9 +40,7 @@ class ParallelHead(nn.Module):
         super().__init__()
         self.cls_tower = conv_tower(channels, tower_bias, dcn_tower)
         self.box_tower = conv_tower(channels, tower_bias, dcn_tower)
-        self.cls_logits = head_conv(channels, num_classes)
-        assert self.cls_logits.bias is not None
-        nn.init.constant_(self.cls_logits.bias, -math.log((1 - PRIOR) / PRIOR))
+        self.cls_logits = class_conv(channels, num_classes)
         self.bbox_pred = head_conv(channels, 4)
         self.quality = head_conv(channels, 1) if quality else None
         self.scales = nn.ModuleList(Scale() for _ in STRIDES)
@@ -58,6 +57,14 @@ class ParallelHead(nn.Module):
         shapes = tuple((feature.shape[2], feature.shape[3]) for feature in features)
         all_quality = torch.cat(quality, dim=1)[..., 0] if quality else None
         return HeadOutputs(torch.cat(logits, dim=1), torch.cat(deltas, dim=1), all_quality, shapes)
+
+
+def class_conv(channels: int, num_classes: int) -> nn.Conv2d:
+    """The last convolution of a class tower; every score starts at 0.01 (RetinaNet, section 4.1)."""
+    conv = head_conv(channels, num_classes)
+    assert conv.bias is not None
+    nn.init.constant_(conv.bias, PRIOR_LOGIT)
+    return conv
 
 
 def rows(maps: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H*W C"]:

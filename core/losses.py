@@ -150,8 +150,9 @@ def giou_loss(
 ) -> Float[Tensor, "*n"]:
     """GIoU loss 1 - (I/U - (E-U)/E) per box, in [0, 2] (Rezatofighi et al. 2019, Algorithm 1; spec PAA section 2).
 
-    Sides are x2 - x1 in both geometries. x2, y2 of a prediction turned inside out are raised to its x1, y1, so that its
-    area is 0. Values and gradients are finite for coordinates up to 1e18 pixels.
+    Sides are x2 - x1 in both geometries. A prediction turned inside out has no area; its x2, y2 are raised to its x1, y1
+    (the authors of PAA), with `floor` they stay where they are and enclose (MMDetection). Values and gradients are
+    finite for coordinates up to 1e18 pixels.
 
     Args:
         pred: predicted boxes, receive the gradient.
@@ -162,7 +163,9 @@ def giou_loss(
     Note: torchvision's `generalized_box_iou_loss` has the same formula, but indexes with a mask, which waits for the
     device and cannot be traced.
     """
-    pred, target = _raise_corners(_at_least_float32(pred)), _at_least_float32(target)
+    pred, target = _at_least_float32(pred), _at_least_float32(target)
+    if not floor:
+        pred = _raise_corners(pred)
     intersection, union = _intersection_and_union(pred, target)
     corners_low, corners_high = torch.minimum(pred, target)[..., :2], torch.maximum(pred, target)[..., 2:]
     enclosing = _guard(_area(corners_high - corners_low), eps, floor)
@@ -203,7 +206,8 @@ def _raise_corners(boxes: Tensor) -> Tensor:
 def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     sides = (torch.minimum(a, b)[..., 2:] - torch.maximum(a, b)[..., :2]).clamp(min=0)
     intersection = _area(sides)
-    return intersection, _area(a[..., 2:] - a[..., :2]) + _area(b[..., 2:] - b[..., :2]) - intersection
+    own = _area((a[..., 2:] - a[..., :2]).clamp(min=0))
+    return intersection, own + _area(b[..., 2:] - b[..., :2]) - intersection
 
 
 def _area(sides: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 The ATSS host uses `core.heads.ParallelHead`.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from core.anchors import STRIDES
-from core.heads import PRIOR, rows
+from core.heads import class_conv, rows
 from core.layers import HEAD_INIT_STD, Scale, conv_tower, head_conv
 
 REG_MAX = 16  # largest side of GFL's boxes in strides; REG_MAX + 1 bins (GFL, section 4)
@@ -31,14 +30,6 @@ class HeadOutputs(NamedTuple):
     quality: Float[Tensor, "B A"] | None  # GFLV2: predicted quality before the sigmoid
     refined: Float[Tensor, "B A 4"] | None  # VFNet: refined l, t, r, b in pixels
     shapes: tuple[tuple[int, int], ...]  # height, width of each level in cells
-
-
-def class_conv(channels: int, num_classes: int) -> nn.Conv2d:
-    """The last convolution of a class tower; every score starts at 0.01 (RetinaNet, section 4.1)."""
-    conv = head_conv(channels, num_classes)
-    assert conv.bias is not None
-    nn.init.constant_(conv.bias, -math.log((1 - PRIOR) / PRIOR))
-    return conv
 
 
 class GFLHead(nn.Module):
