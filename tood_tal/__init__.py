@@ -1,0 +1,12 @@
+"""TOOD: T-Head and Task Alignment Learning (Feng et al., ICCV 2021; arXiv 2108.07755)."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+# `core` is a common name, and Python looks in the current folder first.
+_core = find_spec("core")
+if _core is None or _core.origin is None or Path(_core.origin).parents[1] != Path(__file__).parents[1]:
+    _place = _core.origin or next(iter(_core.submodule_search_locations or ["?"])) if _core else "nothing"
+    print(f"error: the package core is {_place}, which is not ours; run from another folder", file=sys.stderr)
+    sys.exit(2)
