@@ -100,7 +100,7 @@ def test_mmdet_case_without_objects(name: str, phase: str) -> None:
 @pytest.mark.parametrize("case", "AB")
 @pytest.mark.parametrize("name", FILES)
 def test_mmdet_metrics(name: str, case: str) -> None:
-    arrays, config = load(name)
+    arrays, _ = load(name)
     outputs, targets = stored_outputs(arrays, case), golden_targets(arrays, case)
     found = assign_aligned(outputs.scores, pixel_boxes(outputs), outputs.grid.points, targets)
     for image in range(2):
