@@ -63,8 +63,8 @@ def visualize_parser(method: str) -> OneLineParser:
     return parser
 
 
-def convert_parser(method: str, detectors: Sequence[str]) -> OneLineParser:
-    """`python -m <method>.convert IN OUT.safetensors [--detector D] [--classes FILE]`."""
+def convert_parser(method: str, detectors: Sequence[str] = ()) -> OneLineParser:
+    """`python -m <method>.convert IN OUT.safetensors [--detector D] [--classes FILE]`; D where there are several."""
     parser = OneLineParser(
         prog=f"python -m {method}.convert",
         description="A checkpoint of the authors' code, of MMDetection or of our training as a released model: one "
@@ -72,7 +72,9 @@ def convert_parser(method: str, detectors: Sequence[str]) -> OneLineParser:
     )
     parser.add_argument("source", type=Path, metavar="IN", help="checkpoint, such as a .pth or runs/.../best.pt")
     parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="released model to write")
-    parser.add_argument("--detector", choices=detectors, help="whose weights; needed where the file does not say it")
+    parser.set_defaults(detector=None)
+    if detectors:
+        parser.add_argument("--detector", choices=detectors, help="whose weights; needed where the file does not say it")
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="annotation file, or one name a line; default: COCO's 80"
     )

@@ -117,7 +117,7 @@ def read_own(arguments: argparse.Namespace, method: str, config_type: type[Confi
         UserError: missing, damaged, another method's, or options that are for files of other projects.
     """
     path = arguments.source
-    for flag in ("detector", "classes", "profile"):
+    for flag in ("detector", "classes", "profile", "anchors"):
         if getattr(arguments, flag, None) is not None:
             raise UserError(f"--{flag} is for files of other projects; {path} itself says what it holds")
     content = checkpoint.load(path, method=method)
@@ -302,13 +302,14 @@ def read_layout(
         backbone=_backbone(path, shapes),
         dcn_stages=tuple(sorted({int(match[1]) + 1 for match in stages if match})),  # layer1 is C2
         dcn_groups=max(1, offsets[0] // per_group) if offsets else 1,
-        dcn_tower=any(re.search(r"_tower\.9\.\w+\.|_convs\.[23]\.conv\.conv_offset\.", key) for key in tensors),
+        dcn_tower=any(re.search(r"_tower\.9\.\w+\.|_convs\.\d\.conv\.conv_offset\.", key) for key in tensors),
         channels=classes[1],
         num_classes=classes[0],
         quality=_layer(weights, "head.quality"),
         meta=meta,
         class_layer=_layer(weights, "head.cls_logits"),
         background=bool(names.background) and any(f".{names.background}." in key for key in tensors),
+        names=frozenset(tensors),
     )
 
 

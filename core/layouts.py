@@ -81,7 +81,7 @@ DETECTRON_BIAS = r"(conv1|res[2-5]_\d+_branch(1|2[abc]))_b"  # of convolutions i
 
 
 class HeadNames(NamedTuple):
-    """What a method's heads are called in MMDetection's layout, beside the names of `MMDET_RULES`."""
+    """What a method's heads are called in MMDetection's layout; `MMDET_RULES` hold for what these rules do not name."""
 
     rules: Rules = ()
     constants: Mapping[str, tuple[float, ...]] = {}  # entries that never change: checked where they are, not kept
@@ -106,6 +106,7 @@ class Layout(NamedTuple):
     meta: Mapping[Any, Any]  # what the file holds beside the weights
     class_layer: str = ""  # what the source calls the layer that predicts classes
     background: bool = False  # the last of the columns may be the background's
+    names: frozenset[str] = frozenset()  # what the source calls its tensors
 
     @property
     def profile(self) -> ProfileName:
@@ -151,9 +152,9 @@ def from_mmdet(key: str, rules: Rules = ()) -> str | None:
 
     Args:
         key: its name there.
-        rules: of a method's own layers; ATSS's and PAA's need none.
+        rules: of a method's own layers, looked at first; ATSS's and PAA's need none.
     """
-    return rename(key, (*MMDET_RULES, *rules))
+    return rename(key, (*rules, *MMDET_RULES))
 
 
 def from_official(key: str) -> str | None:
@@ -162,7 +163,7 @@ def from_official(key: str) -> str | None:
 
 
 def rename(key: str, rules: Rules) -> str | None:
-    """Our name of a key by the one rule that fits the whole of it, or None."""
+    """Our name of a key by the first rule that fits the whole of it, or None."""
     for pattern, ours in rules:
         match = re.fullmatch(pattern, key)
         if match:

@@ -1,4 +1,4 @@
-"""What an assigner decides, as a picture: each object's anchors in the image, and their scores beside it."""
+"""What an assigner decides, as a picture: each object's anchors in the image, their scores, and maps of all cells."""
 
 import os
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
-from core.decisions import FIRST_LEVEL, OUTCOMES, Curves, Decision, Outcome, borders
+from core.decisions import FIRST_LEVEL, OUTCOMES, Curves, Decision, LevelMap, Outcome, borders
 
 COLOURS: dict[Outcome, str] = {"positive": "#12924a", "ignored": "#d99a00", "negative": "#d62f3a"}
 MARKERS: dict[Outcome, str] = {"positive": "o", "ignored": "s", "negative": "x"}
@@ -30,6 +31,8 @@ LEAST_CROP = 0.35  # least height of that part, in short sides of the image
 LABEL_ROOM = 0.065  # of the shown part's height, between the ranks of two anchors
 ROOM = 6.0  # a curve may stand so many times higher than the second highest before the axis cuts it
 HEADROOM = 1.4  # of the y axis over the curves, for their names
+HEAT, HEAT_ALPHA, PALE = "viridis", 0.8, 0.5  # colours of a map, over an image without colour that is mixed with white
+MAP_HEIGHT, MAPS_TITLE = 1.85, 0.3  # inches
 
 
 class Row(NamedTuple):
@@ -73,31 +76,68 @@ def draw_decisions(path: Path, rows: Sequence[Row], title: str, subtitle: str, a
         subtitle: second line.
         axis: what the scores are.
     """
-    heights = [HEAD_HEIGHT, *[ROW_HEIGHT] * len(rows)] if rows else [HEAD_HEIGHT, HEAD_HEIGHT]
-    figure = Figure(figsize=(WIDTH, sum(heights)), facecolor="white")
-    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06, wspace=0.0, hspace=0.0)
-    FigureCanvasAgg(figure)
-    head, *parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    _draw_head(head, rows, title, subtitle)
+    figure, head, parts = _figure([ROW_HEIGHT] * len(rows) or [HEAD_HEIGHT])
+    _draw_head(head, title, subtitle)
+    _draw_legend(head, rows)
     for part, row in zip(parts, rows, strict=False):
         _draw_row(part, row, axis)
     if not rows:
         parts[0].text(0.5, 0.5, "no objects: every anchor learns background", ha="center", va="center", color=FAINT)
+    _save(figure, path)
+
+
+def draw_maps(path: Path, rows: Sequence[Row], title: str, subtitle: str) -> None:
+    """Write a picture of some objects' maps: a line for each map, a column for each level, all around the object.
+
+    Args:
+        path: PNG file, replaced as a whole.
+        rows: from top to bottom, all with maps.
+        title: first line.
+        subtitle: second line.
+    """
+    lines = [len(row.decision.maps[0].values) for row in rows]
+    figure, head, parts = _figure([MAPS_TITLE + MAP_HEIGHT * count for count in lines])
+    _draw_head(head, title, subtitle)
+    handles = [_object_handle(), Line2D([], [], linestyle="", **_dot(6.0))]
+    head.legend(handles, ["object", "positive anchor"], loc="upper right", ncols=2, frameon=False, fontsize=10)
+    for part, row in zip(parts, rows, strict=True):
+        _draw_object_maps(part, row)
+    _save(figure, path)
+
+
+def _figure(heights: Sequence[float]) -> tuple[Figure, Any, list[Any]]:
+    """A figure with room for a head and parts of some heights in inches below it."""
+    heights = [HEAD_HEIGHT, *heights]
+    figure = Figure(figsize=(WIDTH, sum(heights)), facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06, wspace=0.0, hspace=0.0)
+    FigureCanvasAgg(figure)
+    head, *parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    return figure, head, parts
+
+
+def _save(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.part")
     figure.savefig(temporary, dpi=DPI, format="png")
     os.replace(temporary, path)
 
 
-def _draw_head(head: Any, rows: Sequence[Row], title: str, subtitle: str) -> None:
+def _draw_head(head: Any, title: str, subtitle: str) -> None:
     head.text(0.008, 0.9, title, ha="left", va="top", fontsize=14, fontweight="bold", color=INK)
     head.text(0.008, 0.44, subtitle, ha="left", va="top", fontsize=9.5, color=FAINT)
     head.set_facecolor("none")
+
+
+def _draw_legend(head: Any, rows: Sequence[Row]) -> None:
     used = [o for o in OUTCOMES if any(len(row.decision.where(o)) for row in rows)]
-    handles = [Line2D([], [], color=OBJECT_COLOUR, linewidth=3, path_effects=[withStroke(linewidth=5, foreground=INK)])]
+    handles = [_object_handle()]
     handles += [Line2D([], [], color=COLOURS[o], marker=MARKERS[o], linewidth=1.6, markersize=6) for o in used]
     handles += [Line2D([], [], color=INK, linewidth=1.1)]
     names = ["object", *("positive, with its rank" if o == "positive" else o for o in used), "separation"]
     head.legend(handles, names, loc="upper right", ncols=5, frameon=False, fontsize=10)
+
+
+def _object_handle() -> Line2D:
+    return Line2D([], [], color=OBJECT_COLOUR, linewidth=3, path_effects=[withStroke(linewidth=5, foreground=INK)])
 
 
 def _draw_row(part: Any, row: Row, axis: str) -> None:
@@ -260,3 +300,64 @@ def _number_ranks(axes: Any, decision: Decision, width: float) -> None:
         if score - half > end.get(level, -np.inf):
             axes.text(score, level - 0.3, text, fontsize=6.5, color=COLOURS["positive"], ha="center", va="bottom")
             end[level] = score + half
+
+
+def _draw_object_maps(part: Any, row: Row) -> None:
+    """One object: its maps from top to bottom, its levels from left to right, a colour bar for each map."""
+    part.suptitle(row.title, x=0.008, ha="left", fontsize=11, fontweight="bold", color=INK)
+    maps, names = row.decision.maps, list(row.decision.maps[0].values)
+    window = crop_window(row.decision.box, row.image.shape[:2])
+    all_axes = part.subplots(len(names), len(maps), squeeze=False)
+    for axes, name in zip(all_axes, names, strict=True):
+        top = max(shown_maximum(level, name, window) for level in maps) or 1.0
+        for panel, level in zip(axes, maps, strict=True):
+            drawn = _draw_map(panel, row, level, name, top, window)
+        axes[0].set_ylabel(name, fontsize=10, color=INK)
+        bar = part.colorbar(drawn, ax=list(axes), pad=0.008, aspect=13, fraction=0.02)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(colors="#555555", labelsize=8, length=2)
+        bar.ax.yaxis.set_major_locator(MaxNLocator(4))
+    for panel, level in zip(all_axes[0], maps, strict=True):
+        panel.set_title(f"P{level.level}", fontsize=9.5, color=FAINT)
+
+
+def shown_maximum(level: LevelMap, name: str, window: tuple[int, int, int, int]) -> float:
+    """The highest number of a map among cells whose centre is shown; 0 where none is.
+
+    Args:
+        level: maps of one level.
+        name: of the map.
+        window: left, top, right, bottom of the shown part of the image, pixels.
+    """
+    values = level.values[name]
+    x, y = (
+        first + step * np.arange(n) for first, step, n in zip(level.first, level.step, values.shape[::-1], strict=True)
+    )
+    left, top, right, bottom = window
+    shown = values[np.ix_((y >= top) & (y <= bottom), (x >= left) & (x <= right))]
+    return float(shown.max(initial=0.0))
+
+
+def _draw_map(axes: Any, row: Row, level: LevelMap, name: str, top: float, window: tuple[int, int, int, int]) -> Any:
+    """A level's numbers as colours from 0 to `top` over the image, each cell around its centre."""
+    left, upper, right, lower = window
+    grey = row.image[upper:lower, left:right].mean(axis=2, keepdims=True).repeat(3, axis=2)
+    pale = (PALE * grey + (1 - PALE) * 255).astype(np.uint8)
+    axes.imshow(pale, extent=(left, right, lower, upper), interpolation="bilinear")
+    values = level.values[name]
+    height, width = values.shape
+    (x, y), (dx, dy) = level.first - level.step / 2, level.step
+    extent = (x, x + dx * width, y + dy * height, y)
+    drawn = axes.imshow(values, HEAT, vmin=0, vmax=top, alpha=HEAT_ALPHA, extent=extent, interpolation="nearest")
+    axes.set(xlim=(left, right), ylim=(lower, upper), xticks=[], yticks=[])
+    axes.spines[:].set_color("#bbbbbb")
+    _outline(axes, row.decision.box, OBJECT_COLOUR, 2.0, halo=3.4)
+    places = row.decision.where("positive")
+    centres = row.decision.centres[places[row.decision.levels[places] == level.level]]
+    axes.plot(*centres.T, linestyle="", **_dot(4.0))
+    return drawn
+
+
+def _dot(size: float) -> dict[str, Any]:
+    """A positive anchor on a map."""
+    return {"marker": "o", "markersize": size, "color": "white", "markeredgecolor": INK, "markeredgewidth": 0.7}

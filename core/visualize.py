@@ -23,15 +23,16 @@ from core.data.table import Category, Table
 from core.decisions import OUTCOMES, Decision, borders
 from core.errors import UserError
 from core.inference import check_categories
-from core.plots import Row, draw_decisions
+from core.plots import Row, draw_decisions, draw_maps
 from core.runlog import write_json
 from core.types import Batch, Targets
 
 SHAPES_SHOWN = 4  # images that `visualize shapes` draws
-OBJECTS_SHOWN = 6  # of an image, the largest
+OBJECTS_SHOWN, MAPS_SHOWN = 6, 3  # of an image, the largest
 RUN_IMAGES, RUN_OBJECTS = 3, 2  # of a training run's pictures
 RECORD = "assignments.json"
 RUN_FOLDER = "assignments"  # in a run folder
+MAPS_FOLDER = "maps"  # in the folder of the pictures
 
 Explain = Callable[[Any, Targets, Any], list[list[Decision]]]  # (outputs, targets, config), pixels of the network input
 
@@ -52,7 +53,9 @@ def visualize(
     explain: Explain,
     axis: str,
 ) -> None:
-    """Draw what the assigner decides about the objects of images, and write all numbers to `assignments.json`.
+    """Draw what the assigner decides about the objects of images, and write all candidates to `assignments.json`.
+
+    Where the method hands in maps, those of each image's largest objects are drawn into a folder `maps`.
 
     Args:
         arguments: of `core.arguments.visualize_parser`.
@@ -80,7 +83,9 @@ def visualize(
     out.mkdir(parents=True, exist_ok=True)
     records = []
     for row, image, target in zip(rows, shown, output_names(sources), strict=True):
-        draw_image(out / target, image, trained.categories, axis, f"{arguments.weights}, {data.name} {arguments.split}")
+        where = f"{arguments.weights}, {data.name} {arguments.split}"
+        draw_image(out / target, image, trained.categories, axis, where)
+        draw_image_maps(out / MAPS_FOLDER / target, image, trained.categories, where)
         records.append(record(int(table.image_ids[row]), image, target, trained.categories))
     facts = {"method": method, "weights": str(arguments.weights), "data": data.name, "split": arguments.split}
     write_json(out / RECORD, {**facts, "score": axis, "images": records})
@@ -171,22 +176,36 @@ def explain_image(model: nn.Module, explain: Explain, batch: Batch, config: Trai
 def to_file_pixels(decision: Decision, ratio: Float64[np.ndarray, " 2"]) -> Decision:
     """A decision with its places multiplied by the image file's width and height over those of the network input."""
     corners = np.tile(ratio, 2)
+    maps = [one._replace(first=one.first * ratio, step=one.step * ratio) for one in decision.maps]
     return decision._replace(
-        box=decision.box * corners, centres=decision.centres * ratio, boxes=decision.boxes * corners
+        box=decision.box * corners, centres=decision.centres * ratio, boxes=decision.boxes * corners, maps=maps
     )
 
 
 def draw_image(path: Path, image: Shown, categories: Sequence[Category], axis: str, where: str) -> None:
     """One image's picture: a row for each of its largest objects."""
-    rows = [
-        Row(image.pixels, f"{number}  {object_title(decision, categories)}", decision)
-        for number, decision in enumerate(image.decisions[:OBJECTS_SHOWN], start=1)
-    ]
+    rows = picture_rows(image, categories)
     left_out = len(image.decisions) - len(rows)
     count = "no objects" if not rows else "1 object" if len(rows) == 1 else f"{len(rows)} objects"
     if left_out:
         count = f"the largest {len(rows)} of {len(image.decisions)} objects; the others stand in {RECORD}"
     draw_decisions(path, rows, image.name, f"{where}: {count}", axis)
+
+
+def draw_image_maps(path: Path, image: Shown, categories: Sequence[Category], where: str) -> None:
+    """The maps of an image's largest objects; no picture where the method hands in none."""
+    rows = [row for row in picture_rows(image, categories)[:MAPS_SHOWN] if row.decision.maps]
+    if rows:
+        path.parent.mkdir(exist_ok=True)
+        draw_maps(path, rows, image.name, f"{where}: all cells with each of the largest objects")
+
+
+def picture_rows(image: Shown, categories: Sequence[Category]) -> list[Row]:
+    """The largest objects, numbered."""
+    return [
+        Row(image.pixels, f"{number}  {object_title(decision, categories)}", decision)
+        for number, decision in enumerate(image.decisions[:OBJECTS_SHOWN], start=1)
+    ]
 
 
 def object_title(decision: Decision, categories: Sequence[Category]) -> str:

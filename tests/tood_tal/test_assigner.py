@@ -1,6 +1,7 @@
 """Task Alignment Learning against an obvious version, object by object, and against numbers worked by hand."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -114,9 +115,9 @@ def random_scenes(seed: int, grid: AnchorGrid, batch: int, most: int, tied: bool
     return Scenes(scores, boxes, grid, Targets(objects * valid[..., None], labels, valid, sizes))
 
 
-def check_scenes(scenes: Scenes, found: AlignedAssignment, inside: Tensor | None, **rules: object) -> None:
+def check_scenes(scenes: Scenes, found: AlignedAssignment, inside: Tensor | None, **rules: Any) -> None:
     """Every image of a batch against the twin."""
-    options = {"alpha": 1.0, "beta": 6.0, "topk": 13, "conflict": "max_iou", **rules}
+    options: dict[str, Any] = {"alpha": 1.0, "beta": 6.0, "topk": 13, "conflict": "max_iou", **rules}
     for image in range(len(scenes.scores)):
         valid = scenes.targets.valid[image]
         slow = assign_one_by_one(
@@ -126,7 +127,7 @@ def check_scenes(scenes: Scenes, found: AlignedAssignment, inside: Tensor | None
             scenes.targets.boxes[image, valid],
             scenes.targets.labels[image, valid].tolist(),
             usable=[True] * len(scenes.grid.points) if inside is None else inside[image].tolist(),
-            **options,  # type: ignore[arg-type]
+            **options,
         )
         assert found.assignment.gt_index[image].tolist() == slow.owner
         labels = [int(scenes.targets.labels[image, g]) if g >= 0 else g for g in slow.owner]
@@ -135,7 +136,7 @@ def check_scenes(scenes: Scenes, found: AlignedAssignment, inside: Tensor | None
             torch.testing.assert_close(mine[image], torch.tensor(theirs), rtol=1e-4, atol=1e-7)
 
 
-RULES: list[dict[str, object]] = [
+RULES: list[dict[str, Any]] = [
     {},
     {"conflict": "min_area"},
     {"alpha": 0.5, "beta": 2.0},
@@ -147,13 +148,13 @@ RULES: list[dict[str, object]] = [
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("rules", RULES, ids=str)
-def test_equals_the_loop_over_objects(rules: dict[str, object], tied: bool) -> None:
+def test_equals_the_loop_over_objects(rules: dict[str, Any], tied: bool) -> None:
     for seed, padded in ((1, False), (2, True)):
         scenes = random_scenes(seed, SMALL, 42, 12, tied)
         inside = anchors_inside(scenes.grid, scenes.targets.sizes) if padded else None
         found = assign_aligned(
             scenes.scores, scenes.boxes, scenes.grid.points, scenes.targets, anchor_valid=inside, **rules
-        )  # type: ignore[arg-type]
+        )
         check_scenes(scenes, found, inside, **rules)
 
 
@@ -345,10 +346,10 @@ def test_nothing_waits_for_the_device() -> None:
         ({"conflict": "largest"}, "conflict must be max_iou or min_area"),
     ],
 )
-def test_refused_options(options: dict[str, object], message: str) -> None:
+def test_refused_options(options: dict[str, Any], message: str) -> None:
     scenes = random_scenes(9, SMALL, 1, 2)
     with pytest.raises(ValueError, match=message):
-        assign_aligned(scenes.scores, scenes.boxes, SMALL.points, scenes.targets, **options)  # type: ignore[arg-type]
+        assign_aligned(scenes.scores, scenes.boxes, SMALL.points, scenes.targets, **options)
 
 
 # parts
