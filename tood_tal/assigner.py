@@ -18,7 +18,7 @@ from core.types import IGNORED, Assignment, Targets
 TOPK = 13  # m, anchors offered to each object (section 4.3)
 ALPHA, BETA = 1.0, 6.0  # exponents of score and IoU (Table 4)
 EPSILON = 1e-7  # added to the largest metric that the others are divided by (authors' code)
-CPU_PAIRS = 2**17  # (object, anchor) pairs worked on at once: half a megabyte a plane, what a core's cache holds
+CPU_PAIRS = 2**18  # (object, anchor) pairs worked on at once: a megabyte a plane, what a core's cache holds
 GPU_PAIRS = 2**24  # and on a GPU: 64 MB a plane
 BLOCK = 64  # anchors whose largest metric is looked for first
 
@@ -110,7 +110,7 @@ def explain_assignment(
     if anchor_valid is not None:
         gt_index, labels = (part.masked_fill(~anchor_valid, IGNORED) for part in (gt_index, labels))
     flat = anchors.flatten(1)
-    own = positive & (gt_index.gather(1, flat).view_as(anchors) == numbers_like(anchors))
+    own = gt_index.gather(1, flat).view_as(anchors) == numbers_like(anchors)
     parts = (metric * own, ious * own, normalized_metric(metric, ious, own))
     spread = (part.new_zeros(gt_index.shape).scatter_reduce(1, flat, part.flatten(1), "amax") for part in parts)
     result = AlignedAssignment(Assignment(gt_index, labels), *spread)

@@ -306,6 +306,14 @@ def test_boxes_without_overlap_or_area_are_never_positive() -> None:
     assert found.assignment.gt_index.tolist() == [[BACKGROUND, BACKGROUND, BACKGROUND, 0]]
 
 
+def test_inside_out_box_whose_sides_would_cancel_the_object() -> None:
+    # a negative area of -1024 beside the object's 1024 would make the union 0 and the metric no number
+    objects = targets_of(torch.tensor([[0.0, 0, 32, 32]]), [0])
+    boxes = torch.tensor([[[0.0, 0, -32, 32], [0, 0, 32, 32]]])
+    found = assign_aligned(torch.ones(1, 2, 1), boxes, torch.full((2, 2), 16.0), objects, topk=1)
+    assert found.assignment.gt_index.tolist() == [[BACKGROUND, 0]]
+
+
 def test_huge_and_tiny_boxes() -> None:
     objects = targets_of(torch.tensor([[0.0, 0, 1e6, 1e6], [10, 10, 10.05, 10.05]]), [0, 0])
     boxes = torch.tensor([[[0.0, 0, 1e6, 5e5], [10, 10, 10.05, 10.05], [-1e9, -1e9, 1e9, 1e9]]])

@@ -273,6 +273,35 @@ def test_saturated_scores_and_inside_out_boxes_are_finite() -> None:
             assert leaf.grad.isfinite().all()
 
 
+def test_boxes_without_weight_may_be_infinite() -> None:
+    outputs, targets = random_outputs(1), random_targets(2)
+    boxes = outputs.boxes.detach().clone()
+    for config in (ATSS_RUN, TAL_RUN):
+        learned = learn(outputs, targets, config is ATSS_RUN, config)
+        boxes[~learned.assignment.positive] = torch.inf
+        leaf = boxes.clone().requires_grad_()
+        terms = assigned_losses(outputs._replace(boxes=leaf), targets, learned, False, config)
+        terms["loss_box"].backward()
+        assert terms["loss_box"].isfinite()
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+
+
+def test_inside_out_positive_encloses_what_its_corners_do() -> None:
+    # spec section 9, check 8: 1.5, where raising the corners would give 1.967
+    count = len(GRID.points)
+    outputs, targets = random_outputs(1, batch=1), targets_of(torch.tensor([[0.0, 0, 8, 8]]), [0])
+    boxes = outputs.boxes.detach().clone()
+    boxes[0, 0] = torch.tensor([6.0, 5, 2, 1])
+    owner = torch.full((1, count), BACKGROUND)
+    owner[0, 0] = 0
+    weights = (owner == 0).float()
+    learned = Learned(Assignment(owner, owner), weights, weights, owner == 0)
+    config = replace(TAL_RUN, profile="official")
+    terms = assigned_losses(outputs._replace(boxes=boxes), targets, learned, False, config)
+    assert float(terms["loss_box"]) == pytest.approx(2 * 1.5, rel=1e-5)
+
+
 def test_giou_of_inside_out_boxes_worked() -> None:
     # spec section 9, check 8, in the order: apart in one side, apart, inside out in both, inside out in one
     boxes = torch.tensor([[2.0, 1, 4, 3], [0, 0, 1, 1], [6, 5, 2, 1], [4, 1, 2, 3]])
