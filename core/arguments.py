@@ -74,7 +74,9 @@ def convert_parser(method: str, detectors: Sequence[str] = ()) -> OneLineParser:
     parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="released model to write")
     parser.set_defaults(detector=None)
     if detectors:
-        parser.add_argument("--detector", choices=detectors, help="whose weights; needed where the file does not say it")
+        parser.add_argument(
+            "--detector", choices=detectors, help="whose weights; needed where the file does not say it"
+        )
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="annotation file, or one name a line; default: COCO's 80"
     )
