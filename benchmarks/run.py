@@ -4,6 +4,7 @@
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run bccd --seeds 1         # PAA trained longer
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run bccd-ablations         # rows of PAA's paper, tiny, 2 seeds
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run dynamic-bccd           # rows of Dynamic ATSS's, likewise
+    ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run tood-bccd              # TOOD's table 6, likewise, 3 seeds
     python -m benchmarks.run quick                                               # the README's first command
 
 The file is written after every run. A comparison that was cut off goes on with the run it had not finished; a run made
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from core.runlog import commit, environment, write_json
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 METRICS = ("AP", "AP50", "AP75")
+ALIGNMENT = ("rank_correlation", "top_iou", "correct", "redundant", "error")  # of `tood_tal.alignment`
 SHARED = "$ANCHORAGE_SHARED"  # stands for the folder of real data in recorded commands
 
 
@@ -41,7 +43,8 @@ class Detector:
 
     training: str  # for the table
     commands: tuple[str, ...]  # modules and their arguments
-    metrics: str  # JSON file with the test metrics that the last command leaves, {out} filled in
+    metrics: str  # JSON file with the test metrics that the commands leave, {out} filled in
+    alignment: str = ""  # likewise with the alignment analysis, where there is one
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,22 @@ DYNAMIC = {
     for name, flags in DYNAMIC_FLAGS.items()
 }
 
+# TOOD: the four cells of head and assignment, its Table 6.
+TOOD_FLAGS = {
+    "parallel_atss": "--head parallel --quality centerness --atss-share 1",
+    "t_head_atss": "--atss-share 1",
+    "parallel_tal": "--head parallel",
+    "t_head_tal": "",
+}
+
+
+def aligned(flags: str) -> Detector:
+    """TOOD trained with these flags, tested, and its alignment of scores and boxes analysed on the same split."""
+    tested = trained("tood_tal", ABLATION_TRAINING, BCCD, f"{ABLATION_START} {flags}".strip(), "test")
+    analyse = f"tood_tal.alignment {{out}}/best.pt --data {BCCD} --split test --out {{out}}/test"
+    return replace(tested, commands=(*tested.commands, analyse), alignment="{out}/test/alignment.json")
+
+
 COMPARISONS = {
     "bccd-fcos": Comparison(
         file="bccd_peer.json",
@@ -170,6 +189,13 @@ COMPARISONS = {
         data=BCCD_DATA,
         licence_note=ABLATION_NOTE,
         detectors=DYNAMIC,
+    ),
+    "tood-bccd": Comparison(
+        file="tood_bccd.json",
+        seeds=3,
+        data=BCCD_DATA,
+        licence_note=ABLATION_NOTE,
+        detectors={name: aligned(flags) for name, flags in TOOD_FLAGS.items()},
     ),
     "coco-memorise": Comparison(
         file="coco_memorise.json",
@@ -229,7 +255,8 @@ def one_run(detector: Detector, seed: int, out: Path) -> dict[str, Any]:
     """Train and test once in an empty folder.
 
     Returns:
-        seed, commands, commit, wall seconds of all commands, and AP, AP50, AP75 in [0, 1] on the tested images.
+        seed, commands, commit, wall seconds of all commands, AP, AP50, AP75 in [0, 1] on the tested images, and where
+        the detector has one the numbers of its alignment analysis.
 
     Raises:
         UserError: if a command fails; it has printed why.
@@ -243,9 +270,16 @@ def one_run(detector: Detector, seed: int, out: Path) -> dict[str, Any]:
         if subprocess.run([sys.executable, "-m", *words], cwd=ROOT, check=False).returncode:
             raise UserError(f"python -m {' '.join(words)} failed")
     seconds = time.perf_counter() - start
-    metrics = json.loads(Path(fill(detector.metrics, seed, out)).read_text(encoding="utf-8"))
-    kept = {metric: metrics[metric] for metric in METRICS}
+    kept: dict[str, Any] = {}
+    for file, names in sources(detector).items():
+        content = json.loads(Path(fill(file, seed, out)).read_text(encoding="utf-8"))
+        kept |= {name: content[name] for name in names}
     return {"seed": seed, "commands": recorded(detector, seed), "commit": commit(), "seconds": seconds} | kept
+
+
+def sources(detector: Detector) -> dict[str, tuple[str, ...]]:
+    """The files that a detector's numbers stand in, and which are kept of each."""
+    return {detector.metrics: METRICS} | ({detector.alignment: ALIGNMENT} if detector.alignment else {})
 
 
 def fill(word: str, seed: int, out: Path) -> str:
@@ -264,14 +298,17 @@ def shared_folder() -> str:
 
 
 def summary(detector: Detector, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The runs by seed, their mean, and their sample standard deviation, null for a single run."""
-    names = (*METRICS, "seconds")
+    """The runs by seed, the mean and the sample standard deviation of each number, null where there is none."""
+    names = (*(name for kept in sources(detector).values() for name in kept), "seconds")
     columns = {name: [run[name] for run in runs] for name in names}
     return {
         "training": detector.training,
         "runs": sorted(runs, key=lambda run: run["seed"]),
-        "mean": {name: statistics.mean(column) for name, column in columns.items()},
-        "std": {name: statistics.stdev(column) if len(runs) > 1 else None for name, column in columns.items()},
+        "mean": {name: None if None in column else statistics.mean(column) for name, column in columns.items()},
+        "std": {
+            name: None if None in column or len(runs) < 2 else statistics.stdev(column)
+            for name, column in columns.items()
+        },
     }
 
 

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -31,7 +31,7 @@ from paa.model import PAA
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "paa/README.md", "dynamic_atss/README.md")
+PAGES = ("README.md", "paa/README.md", "dynamic_atss/README.md", "tood_tal/README.md")
 MARKED = re.compile(r"(?P<head><!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<tail><!-- end -->)", re.DOTALL)
 NOT_MEASURED = "not measured"
 
@@ -121,6 +121,32 @@ DYNAMIC_ROWS = (
 )
 
 
+class Table6(NamedTuple):
+    """A row of TOOD's paper: AP in points of COCO's val2017, then the alignment analysis of its Table 6."""
+
+    ap: float
+    ap50: float
+    ap75: float
+    rank_correlation: float
+    top_iou: float
+    correct: int
+    redundant: int
+    error: int
+
+
+TOOD_ROWS = (  # AP of Tables 1 to 3, anchor-free
+    ("parallel_atss", "parallel head, ATSS", Table6(39.2, 57.4, 42.2, 0.408, 0.637, 30261, 25428, 92677)),
+    ("t_head_atss", "T-Head, ATSS", Table6(41.1, 58.4, 44.5, 0.440, 0.644, 30601, 21838, 79189)),
+    ("parallel_tal", "parallel head, TAL", Table6(40.3, 58.5, 43.8, 0.415, 0.643, 30506, 15927, 72320)),
+    ("t_head_tal", "T-Head, TAL", Table6(42.5, 59.8, 46.4, 0.452, 0.661, 30734, 15242, 69013)),
+)
+TOOD_NOTE = (
+    "Rank correlation and IoU are those before NMS, boxes are counted after it, the paper's on COCO's 5,000 images of "
+    "val2017; which predictions belong to an object is a choice of ours (`tood_tal/analysis.py`), because the paper "
+    "does not say."
+)
+
+
 def ablation_table(results: Path) -> str:
     """Rows of PAA's paper at a budget of minutes."""
     return beside_first(results, "bccd_ablations.json", ABLATION_ROWS)
@@ -131,6 +157,41 @@ def dynamic_table(results: Path) -> str:
     return beside_first(results, "dynamic_bccd.json", DYNAMIC_ROWS)
 
 
+def tood_table(results: Path) -> str:
+    """TOOD's Table 6 at a budget of minutes, above the paper's own numbers."""
+    header = ["row", "AP", "AP50", "AP75", "rank correlation", "IoU of the top 10", "correct", "redundant", "error"]
+    result = read_result(results / "tood_bccd.json")
+    base, _, first = TOOD_ROWS[0]
+    rows = [[label, *alignment_cells(result, key), difference(result, key, base)] for key, label, _ in TOOD_ROWS]
+    for key, label, paper in TOOD_ROWS:
+        gap = "" if key == base else f"{paper.ap - first.ap:+.1f}"
+        points, means = (f"{value:.1f}" for value in paper[:3]), (f"{value:.3f}" for value in paper[3:5])
+        rows.append([f"{label}, the paper", *points, *means, *(f"{count:,}" for count in paper[5:]), "-", gap])
+    table = markdown([*header, "seeds", "AP beside the first row"], rows)
+    return table + (f"{training_note(result, base)}\n{TOOD_NOTE}\n" if result else "")
+
+
+def alignment_cells(result: dict[str, Any] | None, key: str) -> list[str]:
+    """A detector's AP, AP50, AP75, alignment analysis and number of seeds; `not measured` where it was not run."""
+    if result is None or key not in result["detectors"]:
+        return [NOT_MEASURED] * 9
+    measured = result["detectors"][key]
+    return [
+        *(percent(measured, metric) for metric in ("AP", "AP50", "AP75")),
+        *(spread(measured, name, ".3f") for name in ("rank_correlation", "top_iou")),
+        *(spread(measured, name, ",.0f") for name in ("correct", "redundant", "error")),
+        str(len(measured["runs"])),
+    ]
+
+
+def spread(summary: dict[str, Any], name: str, form: str) -> str:
+    """`0.41 ± 0.02`: mean and sample standard deviation over seeds, `none` where a seed has no such number."""
+    mean, deviation = summary["mean"][name], summary["std"][name]
+    if mean is None:
+        return "none"
+    return f"{mean:{form}}" if deviation is None else f"{mean:{form}} ± {deviation:{form}}"
+
+
 def beside_first(results: Path, file: str, names: Sequence[tuple[str, str]]) -> str:
     """Each row's AP beside the first one's, then training and licence of all; `names` are (detector, label)."""
     result = read_result(results / file)
@@ -139,11 +200,14 @@ def beside_first(results: Path, file: str, names: Sequence[tuple[str, str]]) -> 
     for key, label in names:
         _, _, *cells = detector_row(results, file, key, label)
         rows.append([label, *cells, difference(result, key, base)])
-    note = ""
-    if result:
-        training = result["detectors"][base]["training"]
-        note = f"\nEach: {training}, preset `small` otherwise. {result['licence_note']}\n"
-    return markdown(["row", "AP", "AP50", "AP75", "seeds", "AP beside the first row"], rows) + note
+    table = markdown(["row", "AP", "AP50", "AP75", "seeds", "AP beside the first row"], rows)
+    return table + (training_note(result, base) if result else "")
+
+
+def training_note(result: dict[str, Any], key: str) -> str:
+    """What all rows of an ablation have in common; `key` is a detector that was run."""
+    training = result["detectors"][key]["training"]
+    return f"\nEach: {training}, preset `small` otherwise. {result['licence_note']}\n"
 
 
 def difference(result: dict[str, Any] | None, key: str, base: str) -> str:
@@ -302,6 +366,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "presets": presets_table,
     "quick": quick_table,
     "speed": speed_table,
+    "tood-bccd": tood_table,
 }
 
 

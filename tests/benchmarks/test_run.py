@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from benchmarks import run
 from core import cli
 from core.errors import UserError
 from dynamic_atss.config import PRESETS
+from tood_tal.config import PRESETS as TOOD_PRESETS
 
 DETECTOR = run.Detector("2 x 1 images", ("x.train --seed {seed} --out {out}",), "{out}/metrics.json")
 
@@ -96,6 +98,51 @@ def test_rows_of_dynamic_atss_are_those_of_its_paper(name: str, preset: str) -> 
     }
     assert replace(base, **{field: getattr(config, field) for field in method}) == config
     assert (config.preset, config.steps, config.batch_size, config.precision) == ("small", 240, 8, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("parallel_atss", "parallel_atss"),
+        ("t_head_atss", "t_head_atss"),
+        ("parallel_tal", "parallel_tal"),
+        ("t_head_tal", "r50_1x"),
+    ],
+)
+def test_cells_of_tood_are_those_of_its_paper(name: str, preset: str) -> None:
+    """The flags of each cell set what the preset of the paper's row sets; all else is equal among the cells."""
+    detectors = run.COMPARISONS["tood-bccd"].detectors
+    method = ("head", "quality", "atss_share")
+    (config, base) = (
+        cli.parse_config(TOOD_PRESETS, "tood_tal", "", detectors[key].commands[0].replace("{seed}", "0").split()[1:])
+        for key in (name, "t_head_tal")
+    )
+    wanted = {field: getattr(TOOD_PRESETS[preset], field) for field in method}
+    assert {field: getattr(config, field) for field in method} == wanted
+    assert replace(base, **wanted) == config
+    assert (config.preset, config.steps, config.batch_size, config.precision) == ("small", 240, 8, "bf16")
+    words = [command.split()[0] for command in detectors[name].commands]
+    assert words == ["tood_tal.train", "tood_tal.evaluate", "tood_tal.alignment"]
+
+
+def test_alignment_is_kept_beside_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file with numbers of both kinds; a correlation that does not exist has no mean."""
+    found = {"AP": 0.1, "AP50": 0.2, "AP75": 0.3, "rank_correlation": None, "top_iou": 0.5}
+    found |= {"correct": 5, "redundant": 6, "error": 7}
+
+    def work(words: list[str], **_: object) -> SimpleNamespace:
+        (tmp_path / "both-0" / "numbers.json").write_text(json.dumps(found))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(run.subprocess, "run", work)
+    monkeypatch.setattr(run, "commit", lambda: "c0ffee")
+    both = run.Detector("few", ("x.train",), "{out}/numbers.json", alignment="{out}/../both-0/numbers.json")
+    kept = run.one_run(both, 0, tmp_path / "both-0")
+    assert {name: kept[name] for name in found} == found
+    assert "correct" not in run.one_run(replace(both, alignment=""), 0, tmp_path / "both-0")
+    mean, std = (run.summary(both, [kept, {**kept, "seed": 1, "error": 9}])[part] for part in ("mean", "std"))
+    assert (mean["rank_correlation"], mean["error"], mean["AP"]) == (None, 8, pytest.approx(0.1))
+    assert (std["rank_correlation"], std["error"]) == (None, pytest.approx(1.4142136))
 
 
 def test_words_are_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -75,9 +75,39 @@ def test_rows_of_dynamic_atss_stand_beside_atss(tmp_path: Path) -> None:
     assert lines[-1] == "Each: some steps, preset `small` otherwise. free"
 
 
+def test_cells_of_tood_stand_above_the_paper_s(tmp_path: Path) -> None:
+    path = tmp_path / "tood_bccd.json"
+    write_ablations(path, parallel_atss=0.4, t_head_tal=0.5)
+    content = json.loads(path.read_text())
+    for measured in content["detectors"].values():
+        measured["mean"] |= {
+            "rank_correlation": 0.4321,
+            "top_iou": None,
+            "correct": 800.5,
+            "redundant": 1234,
+            "error": 9,
+        }
+        measured["std"] |= {"rank_correlation": 0.0123, "top_iou": None, "correct": 20.2, "redundant": 5, "error": 1}
+    path.write_text(json.dumps(content))
+    lines = tables.tood_table(tmp_path).splitlines()
+    numbers = "50.0 ± 0.0 | 50.0 ± 0.0 | 0.432 ± 0.012 | none | 800 ± 20 | 1,234 ± 5 | 9 ± 1 | 2 |"
+    assert lines[2] == f"| parallel head, ATSS | 40.0 ± 2.0 | {numbers}  |"
+    assert lines[3].startswith("| T-Head, ATSS | not measured |")
+    assert lines[5] == f"| T-Head, TAL | 50.0 ± 2.0 | {numbers} +10.0 |"
+    assert lines[9] == (
+        "| T-Head, TAL, the paper | 42.5 | 59.8 | 46.4 | 0.452 | 0.661 | 30,734 | 15,242 | 69,013 | - | +3.3 |"
+    )
+    assert len({line.count("|") for line in lines[:10]}) == 1
+    assert lines[11] == "Each: some steps, preset `small` otherwise. free"
+    content["detectors"]["parallel_atss"]["std"] = dict.fromkeys(measured["std"])
+    path.write_text(json.dumps(content))
+    assert "| 40.0 | 50.0 | 50.0 | 0.432 | none | 800 | 1,234 | 9 | 2 |" in tables.tood_table(tmp_path)
+
+
 def test_every_row_of_a_comparison_is_shown() -> None:
-    for name, rows in (("bccd-ablations", tables.ABLATION_ROWS), ("dynamic-bccd", tables.DYNAMIC_ROWS)):
-        assert sorted(key for key, _ in rows) == sorted(COMPARISONS[name].detectors)
+    shown = {"bccd-ablations": tables.ABLATION_ROWS, "dynamic-bccd": tables.DYNAMIC_ROWS, "tood-bccd": tables.TOOD_ROWS}
+    for name, rows in shown.items():
+        assert sorted(row[0] for row in rows) == sorted(COMPARISONS[name].detectors)
 
 
 def test_preset_sizes() -> None:
