@@ -93,8 +93,7 @@ def assigned_losses(
     """
     assignment, weights = learned.assignment, learned.box_weights
     positive = assignment.positive
-    class_sum = positive.sum().to(torch.float32) if by_atss else learned.class_targets.sum()
-    class_divisor, box_divisor = normalisers((class_sum, weights.sum()), config)
+    class_divisor, box_divisor = normalisers((learned.class_targets.sum(), weights.sum()), config)
     strides = anchor_strides(outputs.grid)[:, None]
     matched = matched_boxes(outputs, targets, assignment) / strides
     boxes = torch.where(positive[..., None], outputs.boxes, matched)  # a stand-in keeps the gradient finite

@@ -197,6 +197,16 @@ def test_padding_counts_only_in_the_authors_second_phase(profile: str) -> None:
     assert torch.equal(counts, torch.ones_like(inside) if profile == "official" else inside)
 
 
+def test_the_configuration_reaches_the_assignment() -> None:
+    outputs, targets = random_outputs(5), random_targets(6, (6, 6))
+    plain = learn(outputs, targets, False, TAL_RUN)
+    for changes in ({"alpha": 2.0}, {"beta": 1.0}, {"topk": 2}, {"conflict": "min_area"}):
+        other = learn(outputs, targets, False, replace(TAL_RUN, **changes))  # type: ignore[arg-type]
+        assert not torch.equal(plain.class_targets, other.class_targets), changes
+    by_atss = [learn(outputs, targets, True, replace(ATSS_RUN, atss_topk=k)).assignment.gt_index for k in (9, 3)]
+    assert not torch.equal(*by_atss)
+
+
 # normalisers
 
 
