@@ -22,6 +22,7 @@ from benchmarks.evaluator_speed import evaluator_case, voting_case
 from benchmarks.mixture_speed import mixture_case
 from benchmarks.paa_memory import paa_memory_case
 from benchmarks.paa_speed import paa_loss_case
+from benchmarks.tood_speed import tood_assign_case, tood_loss_case, tood_memory_case
 from core import cli
 from core.errors import UserError, nearest
 from core.runlog import environment, write_json
@@ -128,6 +129,22 @@ def dynamic_added() -> list[Share]:
     return [Share(name=name, what=what, added_ms=added, step_ms=step, share=case["share"], limit=3, details=case)]
 
 
+def tood_assign() -> list[Row]:
+    """TAL's assignment, a fixed number of pairs at a time."""
+    return [row(tood_assign_case(), "anchors x objects matrices", 4)]
+
+
+def tood_memory() -> list[Peak]:
+    """Memory of TAL's assignment with 5,000 objects in an image."""
+    case = tood_memory_case()
+    return [Peak(name=case["name"], what=case["what"], peak_mb=case["peak_mb"], limit_mb=1000, details=case)]
+
+
+def tood_loss() -> list[Row]:
+    """TAL's assignment and loss with 20 and with 100 objects in an image."""
+    return [row(tood_loss_case(objects), "loop over objects", target) for objects, target in ((20, 1.5), (100, 4))]
+
+
 def evaluator() -> list[Row]:
     """COCO metrics as `core.evaluator` computes them by default."""
     case: dict[str, Any] = evaluator_case()
@@ -164,6 +181,9 @@ BENCHMARKS: dict[str, Callable[[], list[Row] | list[Peak] | list[Share]]] = {
     "dynamic-assign": dynamic_assign,
     "dynamic-memory": dynamic_memory,
     "dynamic-added": dynamic_added,
+    "tood-assign": tood_assign,
+    "tood-memory": tood_memory,
+    "tood-loss": tood_loss,
     "voting": voting,
     "evaluator": evaluator,
     "annotations": annotations,
