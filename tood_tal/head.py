@@ -224,13 +224,14 @@ class Alignment(nn.Module):
 
 
 def aligned_scores(logits: Float[Tensor, "B C H W"], alignment: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B C H W"]:
-    """sqrt(sigmoid(logits) * sigmoid(alignment)) in float32 (Eq. 4).
+    """sqrt(sigmoid(logits) * sigmoid(alignment)) in float32 or better (Eq. 4).
 
     By logarithms the gradient is score * (1 - sigmoid) / 2, finite where the score underflows to 0; that of the square
     root would be infinite there.
     """
+    precise = torch.promote_types(logits.dtype, torch.float32)
     log_sigmoid = torch.nn.functional.logsigmoid
-    return ((log_sigmoid(logits.float()) + log_sigmoid(alignment.float())) / 2).exp()
+    return ((log_sigmoid(logits.to(precise)) + log_sigmoid(alignment.to(precise))) / 2).exp()
 
 
 def sample_boundaries(boxes: Float[Tensor, "B 4 H W"], offsets: Float[Tensor, "B 8 H W"]) -> Float[Tensor, "B 4 H W"]:
