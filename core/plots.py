@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -31,8 +32,9 @@ LEAST_CROP = 0.35  # least height of that part, in short sides of the image
 LABEL_ROOM = 0.065  # of the shown part's height, between the ranks of two anchors
 ROOM = 6.0  # a curve may stand so many times higher than the second highest before the axis cuts it
 HEADROOM = 1.4  # of the y axis over the curves, for their names
-HEAT, HEAT_ALPHA, PALE = "viridis", 0.8, 0.5  # colours of a map, over an image without colour that is mixed with white
-MAP_HEIGHT, MAPS_TITLE = 1.85, 0.3  # inches
+HEAT = LinearSegmentedColormap.from_list("heat", ["#c7e9b400", "#7fcdbb99", "#1d91c0cc", "#225ea8e6", "#081d58f2"])
+PALE = 0.5  # a map lies over the image in grey, of which this much is left beside white
+MAPS_WIDTH, MAP_HEIGHT, MAPS_TITLE = 12.0, 1.72, 0.45  # inches
 
 
 class Row(NamedTuple):
@@ -96,7 +98,7 @@ def draw_maps(path: Path, rows: Sequence[Row], title: str, subtitle: str) -> Non
         subtitle: second line.
     """
     lines = [len(row.decision.maps[0].values) for row in rows]
-    figure, head, parts = _figure([MAPS_TITLE + MAP_HEIGHT * count for count in lines])
+    figure, head, parts = _figure([MAPS_TITLE + MAP_HEIGHT * count for count in lines], MAPS_WIDTH)
     _draw_head(head, title, subtitle)
     handles = [_object_handle(), Line2D([], [], linestyle="", **_dot(6.0))]
     head.legend(handles, ["object", "positive anchor"], loc="upper right", ncols=2, frameon=False, fontsize=10)
@@ -105,10 +107,10 @@ def draw_maps(path: Path, rows: Sequence[Row], title: str, subtitle: str) -> Non
     _save(figure, path)
 
 
-def _figure(heights: Sequence[float]) -> tuple[Figure, Any, list[Any]]:
+def _figure(heights: Sequence[float], width: float = WIDTH) -> tuple[Figure, Any, list[Any]]:
     """A figure with room for a head and parts of some heights in inches below it."""
     heights = [HEAD_HEIGHT, *heights]
-    figure = Figure(figsize=(WIDTH, sum(heights)), facecolor="white")
+    figure = Figure(figsize=(width, sum(heights)), facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06, wspace=0.0, hspace=0.0)
     FigureCanvasAgg(figure)
     head, *parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -348,7 +350,7 @@ def _draw_map(axes: Any, row: Row, level: LevelMap, name: str, top: float, windo
     height, width = values.shape
     (x, y), (dx, dy) = level.first - level.step / 2, level.step
     extent = (x, x + dx * width, y + dy * height, y)
-    drawn = axes.imshow(values, HEAT, vmin=0, vmax=top, alpha=HEAT_ALPHA, extent=extent, interpolation="nearest")
+    drawn = axes.imshow(values, HEAT, vmin=0, vmax=top, extent=extent, interpolation="nearest")
     axes.set(xlim=(left, right), ylim=(lower, upper), xticks=[], yticks=[])
     axes.spines[:].set_color("#bbbbbb")
     _outline(axes, row.decision.box, OBJECT_COLOUR, 2.0, halo=3.4)
@@ -360,4 +362,4 @@ def _draw_map(axes: Any, row: Row, level: LevelMap, name: str, top: float, windo
 
 def _dot(size: float) -> dict[str, Any]:
     """A positive anchor on a map."""
-    return {"marker": "o", "markersize": size, "color": "white", "markeredgecolor": INK, "markeredgewidth": 0.7}
+    return {"marker": "o", "markersize": size, "color": "white", "markeredgecolor": INK, "markeredgewidth": 0.8}

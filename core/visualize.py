@@ -74,7 +74,8 @@ def visualize(
     table = data.split(arguments.split)
     out = arguments.out or arguments.weights.parent / f"visualize-{arguments.split}"
     sources = [ImageSource(image_path(table, row), partial(table.read_image, row)) for row in rows]
-    refuse_overwriting(sources, out)
+    for folder in (out, out / MAPS_FOLDER):
+        refuse_overwriting(sources, folder)
     shown = []
     for row in tqdm(rows, disable=not sys.stderr.isatty()):
         batch = image_batch(table, row, trained.config).to(device)
@@ -197,7 +198,8 @@ def draw_image_maps(path: Path, image: Shown, categories: Sequence[Category], wh
     rows = [row for row in picture_rows(image, categories)[:MAPS_SHOWN] if row.decision.maps]
     if rows:
         path.parent.mkdir(exist_ok=True)
-        draw_maps(path, rows, image.name, f"{where}: all cells with each of the largest objects")
+        names = ", ".join(rows[0].decision.maps[0].values)
+        draw_maps(path, rows, image.name, f"{where}: {names} of every cell with the largest objects")
 
 
 def picture_rows(image: Shown, categories: Sequence[Category]) -> list[Row]:

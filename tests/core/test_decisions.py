@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from core.decisions import OUTCOMES, Decision, borders
+from core.decisions import OUTCOMES, Decision, borders, level_maps
 
 P, I, N = (OUTCOMES.index(name) for name in ("positive", "ignored", "negative"))  # noqa: E741
 
@@ -37,3 +37,15 @@ def test_places_of_an_outcome() -> None:
     assert one.where("negative").tolist() == [0, 2]
     assert one.where("positive").tolist() == [1]
     assert one.where("ignored").tolist() == []
+
+
+def test_maps_of_levels_by_hand() -> None:
+    """Two levels of 2 x 3 and 1 x 2 cells; with centres in the middle of the cells P4's first is at (8, 8)."""
+    numbers = np.arange(8.0)
+    fine, coarse = level_maps({"a": numbers, "b": -numbers}, ((2, 3), (1, 2)), (8, 16), centre_offset=0.5)
+    assert (fine.level, coarse.level) == (3, 4)
+    assert fine.values["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert coarse.values["b"].tolist() == [[-6, -7]]
+    assert (fine.first.tolist(), fine.step.tolist()) == ([4, 4], [8, 8])
+    assert (coarse.first.tolist(), coarse.step.tolist()) == ([8, 8], [16, 16])
+    assert level_maps({"a": numbers}, ((2, 4),), (8,))[0].first.tolist() == [0, 0]

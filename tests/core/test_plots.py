@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from core.decisions import Decision
-from core.plots import COLOURS, Row, _height, _limits, crop_window, draw_decisions
+from core.decisions import Decision, LevelMap, level_maps
+from core.plots import COLOURS, Row, _height, _limits, crop_window, draw_decisions, draw_maps, shown_maximum
 
 GREY = np.full((90, 120, 3), 128, np.uint8)
 
@@ -88,3 +88,47 @@ def test_picture_has_a_row_for_each_object(tmp_path: Path) -> None:
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (three == rgb).all(axis=2).sum() > 20, outcome
         assert (none == rgb).all(axis=2).sum() == 0, outcome
+
+
+def test_shown_maximum_by_hand() -> None:
+    """Centres at x 0, 8, 16 and y 0, 8 (in the file's pixels): the window 8..16 x 0..4 shows two of the first row."""
+    values = np.array([[9.0, 2, 3], [7, 8, 5]])
+    level = LevelMap(3, np.zeros(2), np.array([8.0, 8]), {"t": values, "none": 0 * values})
+    assert shown_maximum(level, "t", (8, 0, 16, 4)) == 3
+    assert shown_maximum(level, "t", (0, 0, 20, 20)) == 9
+    assert shown_maximum(level, "t", (1, 0, 7, 20)) == 0  # between two columns
+    assert shown_maximum(level._replace(step=np.array([4.0, 8])), "t", (1, 0, 7, 20)) == 8
+    assert shown_maximum(level, "none", (0, 0, 20, 20)) == 0
+
+
+def cells(picture: np.ndarray, panel: int, panels: int) -> np.ndarray:
+    """Pixels of one of a line's panels whose colour is that of a map's highest number."""
+    width = picture.shape[1] * 0.94 / panels  # the colour bar stands at the right
+    part = picture[:, round(panel * width) : round((panel + 1) * width)].astype(int)
+    return np.asarray((abs(part - [20, 41, 98]) < 14).all(axis=2))
+
+
+def test_maps_show_each_cell_around_its_centre(tmp_path: Path) -> None:
+    """The object of 20 px around (50, 40): one cell of P4, centred at (48, 32), is high."""
+    one = decision(3, 2)
+    numbers = np.zeros((12 * 15) + 6 * 8)
+    numbers[12 * 15 + 2 * 8 + 3] = 0.7
+    maps = level_maps({"t": numbers}, ((12, 15), (6, 8)), (8, 16))
+    draw_maps(tmp_path / "maps.png", [Row(GREY, "title", one._replace(maps=maps))], "title", "subtitle")
+    picture = np.asarray(Image.open(tmp_path / "maps.png").convert("RGB"))
+    assert cells(picture, 0, 2).sum() == 0
+    high = np.argwhere(cells(picture, 1, 2))
+    assert len(high) > 1000
+    # shown are 54 x 40 px, cut at y 20: the cell is x 40 to 56 and y 24 to 40, its sides are equal
+    height, width = np.ptp(high, axis=0)
+    assert height == pytest.approx(width, rel=0.05)
+
+
+def test_maps_of_nothing_and_of_several_objects(tmp_path: Path) -> None:
+    maps = level_maps({"score": np.zeros(4), "t": np.zeros(4)}, ((2, 2),), (64,))
+    rows = [Row(GREY, f"{n}", decision(n, min(n, 2))._replace(maps=maps)) for n in (0, 3)]
+    draw_maps(tmp_path / "two.png", rows, "title", "subtitle")
+    draw_maps(tmp_path / "one.png", rows[:1], "title", "subtitle")
+    two, one = (np.asarray(Image.open(tmp_path / name)) for name in ("two.png", "one.png"))
+    assert two.shape[1] == one.shape[1]
+    assert two.shape[0] > 1.5 * one.shape[0]

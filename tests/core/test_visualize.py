@@ -10,11 +10,11 @@ from torch import nn
 
 from core.config import TrainConfig
 from core.data.table import Table, pack_names
-from core.decisions import Decision
+from core.decisions import Decision, level_maps
 from core.errors import UserError
 from core.shapes import CATEGORIES, shapes_table
 from core.types import Targets
-from core.visualize import Shown, explain_image, image_batch, named_rows, record, run_pictures
+from core.visualize import Shown, explain_image, image_batch, named_rows, record, run_pictures, to_file_pixels
 
 CONFIG = TrainConfig(steps=1, short_side=64, long_side=96, data="shapes", device="cpu")
 
@@ -84,6 +84,21 @@ def test_boxes_come_back_in_pixels_of_the_file_largest_first() -> None:
         np.testing.assert_allclose([one.box for one in decisions], expected, atol=1e-3)
         np.testing.assert_allclose([one.boxes[0] for one in decisions], expected, atol=1e-3)
         np.testing.assert_allclose([one.centres[0] for one in decisions], expected[:, :2], atol=1e-3)
+
+
+def test_maps_come_back_in_pixels_of_the_file() -> None:
+    """An image twice as wide and three times as high as what the network saw."""
+    (one,) = everything(torch.zeros(0), one_target(), CONFIG)[0]
+    maps = level_maps({"t": np.arange(4.0)}, ((2, 2),), (8,), centre_offset=0.5)
+    (moved,) = to_file_pixels(one._replace(maps=maps), np.array([2.0, 3.0])).maps
+    assert (moved.first.tolist(), moved.step.tolist()) == ([8, 12], [16, 24])
+    assert moved.values["t"].tolist() == [[0, 1], [2, 3]]
+    assert list(to_file_pixels(one, np.array([2.0, 3.0])).maps) == []
+
+
+def one_target() -> Targets:
+    boxes = torch.tensor([[[8.0, 8, 40, 40]]])
+    return Targets(boxes, torch.tensor([[1]]), torch.tensor([[True]]), torch.tensor([[64, 96]]))
 
 
 def test_record_holds_every_candidate() -> None:
