@@ -5,10 +5,12 @@ wildly between images; `to_detections` pads what is left. Every order is fixed: 
 scores in the order of the input.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchvision.ops import nms
 
@@ -52,6 +54,26 @@ def best_in_groups(
     if keep_ties:
         keep |= ranked >= ranked[(starts + count - 1).clamp(max=len(order) - 1)]
     return order[keep]
+
+
+def level_groups(batch: int, level_sizes: Sequence[int], device: torch.device | None = None) -> Int[Tensor, "B A"]:
+    """A number for each (image, level): groups for `best_in_groups`, levels from the finest.
+
+    Args:
+        batch: number of images.
+        level_sizes: anchors of each level.
+        device: of the result.
+    """
+    levels = torch.arange(len(level_sizes), device=device)
+    level = levels.repeat_interleave(torch.tensor(level_sizes, device=device))
+    return torch.arange(batch, device=device)[:, None] * len(level_sizes) + level
+
+
+def chosen(index: Int[Tensor, " m"], shape: Sequence[int]) -> Bool[Tensor, "*n"]:
+    """True at flat places of a shape; each may occur any number of times."""
+    flat = torch.zeros(math.prod(shape), dtype=torch.bool, device=index.device)
+    flat[index] = True
+    return flat.view(*shape)
 
 
 def _group_starts(sorted_groups: Int[Tensor, " n"]) -> Int[Tensor, " n"]:

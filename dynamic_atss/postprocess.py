@@ -1,12 +1,11 @@
 """Every host's outputs to detections: score, threshold, the best of each level, class-wise NMS (spec sections 2, 5)."""
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from core.anchors import anchor_strides
 from core.boxes import box_area, clip_boxes
-from core.nms import Candidates, best_in_groups, nms_indices, to_detections
+from core.nms import Candidates, best_in_groups, chosen, level_groups, nms_indices, to_detections
 from core.types import Detections
 from dynamic_atss.config import Config
 from dynamic_atss.losses import class_scores
@@ -49,11 +48,11 @@ def candidate_boxes(outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config)
     """What reaches NMS: pairs over the threshold, the best `pre_nms_top` of each level, decoded and clipped."""
     rules = config.rules
     classes, scores = scores_of(outputs, config)
-    groups = _level_groups(outputs)
+    groups = level_groups(len(outputs.logits), outputs.grid.level_sizes, outputs.logits.device)
     wanted = classes > config.score_threshold
     if rules.best_locations:
         best = best_in_groups(classes.amax(dim=-1).flatten(), groups.flatten(), config.pre_nms_top)
-        wanted &= _mask(best, groups)[..., None]
+        wanted &= chosen(best, groups.shape)[..., None]
     images, anchors, labels = wanted.nonzero().unbind(1)
     if not rules.best_locations:
         ranked = (classes if rules.rank_on_class else scores)[images, anchors, labels]
@@ -70,16 +69,3 @@ def candidate_boxes(outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config)
     boxes = clip_boxes(boxes[:, None], sizes[images], config.box_geometry)[:, 0]
     pool = Candidates(boxes, scores[images, anchors, labels], labels, images)
     return pool.select(box_area(boxes).nonzero()[:, 0]) if rules.drop_empty_boxes else pool
-
-
-def _level_groups(outputs: Outputs) -> Int[Tensor, "B A"]:
-    """A number for each (image, level)."""
-    batch, device, levels = len(outputs.logits), outputs.logits.device, outputs.grid.level_sizes
-    level = torch.arange(len(levels), device=device).repeat_interleave(torch.tensor(levels, device=device))
-    return torch.arange(batch, device=device)[:, None] * len(levels) + level
-
-
-def _mask(index: Int[Tensor, " m"], like: Int[Tensor, "B A"]) -> Bool[Tensor, "B A"]:
-    flat = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
-    flat[index] = True
-    return flat.view(like.shape)

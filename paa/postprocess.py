@@ -3,12 +3,12 @@
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from core.boxes import box_area, box_iou, clip_boxes, decode_deltas
 from core.geometry import MODERN, Geometry
-from core.nms import Candidates, best_in_groups, nms_indices, to_detections
+from core.nms import Candidates, best_in_groups, chosen, level_groups, nms_indices, to_detections
 from core.types import Detections
 from paa.config import Config
 from paa.model import Outputs
@@ -71,12 +71,12 @@ def candidate_boxes(outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config)
     class_scores = _float(outputs.logits).sigmoid()
     quality = None if outputs.quality_logits is None else _float(outputs.quality_logits).sigmoid()[..., None]
     score = partial(unified_score, root=switches.root_of_score)
-    groups = _level_groups(outputs)
+    groups = level_groups(len(outputs.logits), outputs.grid.level_sizes, outputs.logits.device)
     wanted = (class_scores if switches.threshold_on_class else score(class_scores, quality)) > config.score_threshold
     if not switches.top_over_pairs:
         best_class = score(class_scores.amax(dim=-1, keepdim=True), quality)
         best = best_in_groups(best_class.flatten(), groups.flatten(), config.pre_nms_top)
-        wanted &= _mask(best, groups)[..., None]
+        wanted &= chosen(best, groups.shape)[..., None]
     images, anchors, labels = wanted.nonzero().unbind(1)
     pair_scores = class_scores[images, anchors, labels]
     scores = score(pair_scores, None if quality is None else quality[images, anchors, 0])
@@ -97,19 +97,6 @@ def candidate_boxes(outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config)
 
 def _float(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _level_groups(outputs: Outputs) -> Int[Tensor, "B A"]:
-    """A number for each (image, level)."""
-    batch, device, levels = len(outputs.logits), outputs.logits.device, outputs.grid.level_sizes
-    level = torch.arange(len(levels), device=device).repeat_interleave(torch.tensor(levels, device=device))
-    return torch.arange(batch, device=device)[:, None] * len(levels) + level
-
-
-def _mask(index: Int[Tensor, " m"], like: Int[Tensor, "B A"]) -> Bool[Tensor, "B A"]:
-    flat = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
-    flat[index] = True
-    return flat.view(like.shape)
 
 
 def vote(

@@ -1,12 +1,11 @@
 """TOOD's outputs to detections: threshold, the best of each level, class-wise NMS (supplement; spec section 3)."""
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from core.anchors import anchor_strides
 from core.boxes import box_area, clip_boxes
-from core.nms import Candidates, best_in_groups, nms_indices, to_detections
+from core.nms import Candidates, best_in_groups, chosen, level_groups, nms_indices, to_detections
 from core.types import Detections
 from tood_tal.config import Config
 from tood_tal.model import Outputs
@@ -34,11 +33,11 @@ def detect(
 def candidate_boxes(outputs: Outputs, sizes: Int[Tensor, "B 2"], config: Config) -> Candidates:
     """What reaches NMS: pairs over the threshold, the best `pre_nms_top` of each level, clipped."""
     rules = config.rules
-    groups = level_groups(outputs)
+    groups = level_groups(len(outputs.scores), outputs.grid.level_sizes, outputs.scores.device)
     wanted = outputs.scores > config.score_threshold
     if rules.best_locations:
         best = best_in_groups(outputs.scores.amax(dim=-1).flatten(), groups.flatten(), config.pre_nms_top)
-        wanted &= mask_of(best, groups)[..., None]
+        wanted &= chosen(best, groups.shape)[..., None]
     images, anchors, labels = wanted.nonzero().unbind(1)
     if not rules.best_locations:
         best = best_in_groups(outputs.scores[images, anchors, labels], groups[images, anchors], config.pre_nms_top)
@@ -56,17 +55,3 @@ def detection_scores(
     """The class score, as it is; plain ATSS multiplies it by centre-ness."""
     scores = outputs.scores[images, anchors, labels]
     return scores if outputs.quality is None else scores * outputs.quality[images, anchors].float().sigmoid()
-
-
-def level_groups(outputs: Outputs) -> Int[Tensor, "B A"]:
-    """A number for each (image, level)."""
-    batch, device, levels = len(outputs.scores), outputs.scores.device, outputs.grid.level_sizes
-    level = torch.arange(len(levels), device=device).repeat_interleave(torch.tensor(levels, device=device))
-    return torch.arange(batch, device=device)[:, None] * len(levels) + level
-
-
-def mask_of(index: Int[Tensor, " m"], like: Int[Tensor, "B A"]) -> Bool[Tensor, "B A"]:
-    """True at flat places."""
-    flat = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
-    flat[index] = True
-    return flat.view(like.shape)

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from core.boxes import box_iou
 from core.geometry import LEGACY, MODERN, Geometry
-from core.nms import Candidates, batched_nms, best_in_groups, nms_indices, suppress, to_detections
+from core.nms import (
+    Candidates,
+    batched_nms,
+    best_in_groups,
+    chosen,
+    level_groups,
+    nms_indices,
+    suppress,
+    to_detections,
+)
 
 
 def candidates_of(
@@ -37,6 +46,18 @@ def test_best_in_groups_by_hand() -> None:
     assert best_in_groups(scores[:0], groups[:0], 1, keep_ties=True).tolist() == []
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         best_in_groups(scores, groups, 0)
+
+
+def test_groups_of_levels_by_hand() -> None:
+    assert level_groups(2, [3, 1, 2]).tolist() == [[0, 0, 0, 1, 2, 2], [3, 3, 3, 4, 5, 5]]
+    assert level_groups(0, [3, 1]).shape == (0, 4)
+
+
+def test_chosen_places_by_hand() -> None:
+    expected = [[False, True, False], [False, False, True]]
+    assert chosen(torch.tensor([5, 1, 5]), (2, 3)).tolist() == expected
+    assert not chosen(torch.tensor([], dtype=torch.long), (2, 3)).any()
+    assert chosen(torch.tensor([], dtype=torch.long), (0, 3)).shape == (0, 3)
 
 
 def test_threshold_is_strict() -> None:
