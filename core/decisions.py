@@ -54,6 +54,11 @@ def borders(decision: Decision) -> list[float]:
     return [float(scores[i] + scores[i + 1]) / 2 for i in np.flatnonzero(np.diff(outcomes))]
 
 
+def anchor_levels(anchors: Int64[np.ndarray, " n"], level_sizes: Sequence[int]) -> Int64[np.ndarray, " n"]:
+    """Pyramid level, 3 for the finest, of anchors by their number; `level_sizes` are the anchors of each level."""
+    return FIRST_LEVEL + np.searchsorted(np.cumsum(level_sizes), anchors, side="right")
+
+
 def level_maps(
     values: Mapping[str, Float64[np.ndarray, " A"]],
     shapes: Sequence[tuple[int, int]],

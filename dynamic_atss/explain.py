@@ -8,7 +8,7 @@ from torch import Tensor
 from core.anchors import anchors_inside
 from core.boxes import box_iou
 from core.data.table import Table
-from core.decisions import FIRST_LEVEL, OUTCOMES, Decision
+from core.decisions import OUTCOMES, Decision, anchor_levels
 from core.geometry import Geometry
 from core.train import Picture
 from core.types import Targets
@@ -44,10 +44,9 @@ def explain(outputs: Outputs, targets: Targets, config: Config) -> list[list[Dec
         k=config.topk,
         anchor_valid=anchors_inside(outputs.grid, targets.sizes) if config.switches.exclude_padding else None,
     )
-    levels = torch.tensor(outputs.grid.level_sizes).cumsum(0)
     return [
         [
-            _decide(outputs, targets, details, boxes, levels, config.box_geometry, image, int(index))
+            _decide(outputs, targets, details, boxes, config.box_geometry, image, int(index))
             for index in valid.nonzero()[:, 0]
         ]
         for image, valid in enumerate(targets.valid)
@@ -68,7 +67,6 @@ def _decide(
     targets: Targets,
     details: Details,
     boxes: Tensor,
-    ends: Tensor,
     geometry: Geometry,
     image: int,
     index: int,
@@ -87,7 +85,7 @@ def _decide(
         label=int(targets.labels[image, index]),
         scores=_doubles(details.combined[image, index, order]),
         outcomes=torch.where(won, POSITIVE, NEGATIVE).cpu().numpy(),
-        levels=FIRST_LEVEL + torch.searchsorted(ends, anchors.cpu(), right=True).numpy(),
+        levels=anchor_levels(anchors.cpu().numpy(), outputs.grid.level_sizes),
         centres=_doubles(outputs.grid.points[anchors]),
         boxes=_doubles(predicted),
         ious=_doubles(ious),

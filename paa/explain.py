@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from core.boxes import box_iou, decode_deltas
 from core.data.table import Table
-from core.decisions import FIRST_LEVEL, OUTCOMES, Decision
+from core.decisions import OUTCOMES, Decision, anchor_levels
 from core.errors import UserError
 from core.losses import giou_loss, one_hot_labels, sigmoid_focal_loss
 from core.types import Targets
@@ -101,7 +101,6 @@ def _decide(outputs: Outputs, targets: Targets, details: Details, config: Config
     outcomes = torch.full_like(one.anchors, NEGATIVE)
     outcomes[details.ignored[place]] = IGNORED
     outcomes[details.positive[place]] = POSITIVE
-    ends = torch.tensor(outputs.grid.level_sizes).cumsum(0)
     gaussians = _gaussians(details, one)
     matched = int((details.match[image] == index).sum())
     numbers = _numbers(outputs, targets, details, config, one)
@@ -110,7 +109,7 @@ def _decide(outputs: Outputs, targets: Targets, details: Details, config: Config
         label=int(targets.labels[image, index]),
         scores=_doubles(details.candidates.losses[place]),
         outcomes=outcomes.cpu().numpy(),
-        levels=FIRST_LEVEL + torch.searchsorted(ends, one.anchors.cpu(), right=True).numpy(),
+        levels=anchor_levels(one.anchors.cpu().numpy(), outputs.grid.level_sizes),
         centres=_doubles(outputs.grid.points[one.anchors]),
         boxes=numbers.pop("boxes"),
         ious=numbers.pop("iou"),

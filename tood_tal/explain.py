@@ -8,7 +8,7 @@ from torch import Tensor
 from core.anchors import anchors_inside
 from core.boxes import box_iou
 from core.data.table import Table
-from core.decisions import FIRST_LEVEL, OUTCOMES, Decision, LevelMap, level_maps
+from core.decisions import OUTCOMES, Decision, LevelMap, anchor_levels, level_maps
 from core.train import Picture
 from core.types import Targets
 from tood_tal.assigner import Details, explain_assignment
@@ -66,13 +66,12 @@ def _decide(
     anchors, metric = details.anchors[image, index, offered], details.metric[image, index, offered]
     won = details.result.assignment.gt_index[image, anchors] == index
     kept, label = int(details.positive[image, index].sum()), targets.labels[image, index]
-    ends = torch.tensor(outputs.grid.level_sizes).cumsum(0)
     return Decision(
         box=_doubles(targets.boxes[image, index]),
         label=int(label),
         scores=_doubles(metric),
         outcomes=torch.where(won, POSITIVE, NEGATIVE).cpu().numpy(),
-        levels=FIRST_LEVEL + torch.searchsorted(ends, anchors.cpu(), right=True).numpy(),
+        levels=anchor_levels(anchors.cpu().numpy(), outputs.grid.level_sizes),
         centres=_doubles(outputs.grid.points[anchors]),
         boxes=_doubles(boxes[image, anchors]),
         ious=_doubles(details.ious[image, index, offered]),

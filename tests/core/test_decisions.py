@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from core.decisions import OUTCOMES, Decision, borders, level_maps
+from core.decisions import OUTCOMES, Decision, anchor_levels, borders, level_maps
 
 P, I, N = (OUTCOMES.index(name) for name in ("positive", "ignored", "negative"))  # noqa: E741
 
@@ -37,6 +37,11 @@ def test_places_of_an_outcome() -> None:
     assert one.where("negative").tolist() == [0, 2]
     assert one.where("positive").tolist() == [1]
     assert one.where("ignored").tolist() == []
+
+
+def test_levels_of_anchors_by_hand() -> None:
+    assert anchor_levels(np.array([0, 5, 6, 7, 8, 0]), [6, 2, 1]).tolist() == [3, 3, 4, 4, 5, 3]
+    assert anchor_levels(np.array([], dtype=np.int64), [6]).tolist() == []
 
 
 def test_maps_of_levels_by_hand() -> None:
