@@ -11,9 +11,23 @@ from core.config import TrainConfig
 from core.configfile import config_from_values, read_mapping
 from core.errors import UserError, nearest
 
-METRICS = {  # key in files: (heading, factor from files to tables)
-    **{name: (name, 100.0) for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")},
-    "iou_error": ("IoU error", 1.0),
+
+class Metric(NamedTuple):
+    """How a number is shown."""
+
+    heading: str
+    factor: float = 1.0  # from files to tables
+    digits: int = 3  # behind the point
+
+
+METRICS = {  # by key in files
+    **{name: Metric(name, 100.0, 1) for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")},
+    "iou_error": Metric("IoU error"),
+    "rank_correlation": Metric("rank correlation"),  # of score and IoU, of the most confident predictions of an object
+    "top_iou": Metric("IoU of the best"),  # of those
+    "correct": Metric("correct", digits=0),  # boxes after NMS, as the next two
+    "redundant": Metric("redundant", digits=0),
+    "error": Metric("errors", digits=0),
 }
 SPLITS = ("train", "val", "test", "test-dev")
 UNKNOWN, NONE, FAILS = "unknown", "none", "fails"  # published but not known to us; not published; does not train

@@ -28,6 +28,7 @@ FREE_SECTIONS = ("run", "hardware")  # of the configuration: what may differ bet
 BINDING = ("precision",)  # ... except these
 SHOWN_DIFFERENCES = 6  # of a run; the others are counted
 IOU_ACCURACY = "iou-accuracy-{split}.json"  # what --iou-accuracy writes beside the weights
+ALIGNMENT = "alignment-{split}/alignment.json"  # and the alignment analysis
 
 
 # Measured numbers
@@ -59,7 +60,7 @@ def read_runs(folders: Iterable[Path], method: str, config_type: type[TrainConfi
 
 
 def read_run(folder: Path, method: str, config_type: type[TrainConfig]) -> list[Measurement]:
-    """What was measured of a run: at its end, by `evaluate` and by `--iou-accuracy`.
+    """What was measured of a run: at its end, by `evaluate`, by `--iou-accuracy` and of its alignment.
 
     The numbers of its end are those of the last step, as the papers report them, not of the best one. They are left out
     where `evaluate` measured the same. A folder of converted weights is one too, if `evaluate` has been there.
@@ -85,6 +86,9 @@ def read_run(folder: Path, method: str, config_type: type[TrainConfig]) -> list[
             content = _read_json(path)
             error = _object(content, "positives", path).get("mean_absolute_error")
             _add(found, _measurement(folder, config, name, {**content, "iou_error": error}, facts))
+    for path in (folder / ALIGNMENT.format(split=split) for split in SPLITS):
+        if path.exists():
+            _add(found, _measurement(folder, config, name, _read_json(path), facts))
     return [measurement for measurement in found if measurement.values]
 
 
@@ -127,7 +131,7 @@ def _measurement(
         images=content.get("images"),
         split=str(content.get("split", "val")),
         tta=bool(content.get("tta", False)),
-        values={metric: float(value) for metric, value in values.items() if value >= 0},
+        values={metric: float(value) for metric, value in values.items() if value != -1},
         **facts,
     )
 
@@ -241,7 +245,7 @@ def report(published: Published, measured: Sequence[Measurement], presets: Mappi
 
 def published_table(table: PublishedTable, answers: Sequence[Sequence[Measurement]]) -> str:
     """One table; `answers` are the measurements of each row."""
-    header = ["row", "preset", *(METRICS[metric][0] for metric in table.metrics), "source", "measured"]
+    header = ["row", "preset", *(METRICS[metric].heading for metric in table.metrics), "source", "measured"]
     rows = [
         [
             row.label,
@@ -272,7 +276,7 @@ def _source_cell(row: Row, metrics: Sequence[str]) -> str:
     for metric in metrics:
         letters = " ".join(f"[{letter}]" for letter in row.values[metric].sources)
         if letters:
-            by_sources.setdefault(letters, []).append(METRICS[metric][0])
+            by_sources.setdefault(letters, []).append(METRICS[metric].heading)
     if len(by_sources) == 1:
         return next(iter(by_sources))
     return ", ".join(f"{names[0]}{f' to {names[-1]}' if len(names) > 1 else ''} {s}" for s, names in by_sources.items())
@@ -290,14 +294,13 @@ def _measured_cell(row: Row, table: PublishedTable, found: Sequence[Measurement]
     for metric in table.metrics:
         values = [one.values[metric] for one in found if metric in one.values]
         if values:
-            parts.append(f"{METRICS[metric][0]} {summary(values, metric)}")
+            parts.append(f"{METRICS[metric].heading} {summary(values, metric)}")
     return ", ".join(parts) + runs
 
 
 def summary(values: Sequence[float], metric: str) -> str:
     """`41.0`, or `41.0 ± 0.2` over several runs: mean and sample standard deviation, AP in points."""
-    factor = METRICS[metric][1]
-    digits = 1 if factor == 100 else 3
+    _, factor, digits = METRICS[metric]
     mean = f"{factor * statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -305,7 +308,7 @@ def summary(values: Sequence[float], metric: str) -> str:
 def others_table(others: Sequence[Measurement], presets: Mapping[str, TrainConfig], published: Published) -> str:
     """Runs that answer no row, with what makes them different from the preset they began as."""
     metrics = ["AP", "AP50", "AP75", *(["iou_error"] if any("iou_error" in one.values for one in others) else [])]
-    header = ["run", "preset", "data", *(METRICS[metric][0] for metric in metrics), "differs"]
+    header = ["run", "preset", "data", *(METRICS[metric].heading for metric in metrics), "differs"]
     rows = []
     for one in others:
         cells = [summary([one.values[m]], m) if m in one.values else NO_CELL for m in metrics]

@@ -376,6 +376,8 @@ def test_summary_by_hand() -> None:
     assert summary([0.4149], "AP") == "41.5"
     assert summary([0.40, 0.42], "AP") == "41.0 ± 1.4"  # sqrt(1 + 1)
     assert summary([0.0831], "iou_error") == "0.083"
+    assert summary([-0.4125, -0.4127], "rank_correlation") == "-0.413 ± 0.000"
+    assert summary([30261.0], "correct") == "30261"
 
 
 def test_markdown_is_aligned_and_cannot_be_broken() -> None:
