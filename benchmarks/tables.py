@@ -28,6 +28,9 @@ from dynamic_atss.model import DynamicATSS
 from paa.config import PRESETS as PAA_PRESETS
 from paa.config import Config as PAAConfig
 from paa.model import PAA
+from tood_tal.config import PRESETS as TOOD_PRESETS
+from tood_tal.config import Config as TOODConfig
+from tood_tal.model import TOOD
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -271,6 +274,29 @@ def method_cells(config: DynamicConfig) -> list[str]:
     return [config.host, compared, losses]
 
 
+def tood_presets_table(results: Path) -> str:
+    """Every named run of TOOD with the size of its model."""
+
+    def head(config: TOODConfig) -> Hashable:
+        return config.head, config.quality, config.anchor_based
+
+    rows = []
+    for name, size in sizes_of(TOOD_PRESETS, TOOD, head).items():
+        config = TOOD_PRESETS[name]
+        rows.append([f"`{name}`", *alignment_method_cells(config), *preset_cells(config), *size_cells(size)])
+    return markdown(["preset", "head", "boxes", "assignment", *RECIPE_HEADER, *SIZE_HEADER], rows)
+
+
+def alignment_method_cells(config: TOODConfig) -> list[str]:
+    """Head, what boxes are relative to, and what assigns: TAL with its alpha, beta and m, after some epochs of ATSS."""
+    heads = {"t_head": "T-Head", "parallel": "parallel", "parallel_tap": "parallel + TAP"}
+    boxes = "anchors" if config.anchor_based else "points"
+    tal = f"TAL {config.alpha:g}, {config.beta:g}, {config.topk}" + ", min_area" * (config.conflict == "min_area")
+    length = f"{config.epochs * config.atss_share:g} epochs" if config.epochs else f"{100 * config.atss_share:.0f} %"
+    start = f"ATSS {length}, " if config.atss_share else ""
+    return [heads[config.head], boxes, "ATSS" if config.atss_share == 1 else start + tal]
+
+
 def sizes_of(
     presets: Mapping[str, ConfigType],
     model: Callable[[ConfigType, int], nn.Module],
@@ -367,6 +393,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quick": quick_table,
     "speed": speed_table,
     "tood-bccd": tood_table,
+    "tood-presets": tood_presets_table,
 }
 
 

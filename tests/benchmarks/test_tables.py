@@ -10,8 +10,9 @@ from benchmarks.run import COMPARISONS
 from core.errors import UserError
 from dynamic_atss.config import PRESETS as DYNAMIC_PRESETS
 from paa.config import PRESETS
+from tood_tal.config import PRESETS as TOOD_PRESETS
 
-COUNTED = {"presets", "dynamic-presets"}  # not measured
+COUNTED = {"presets", "dynamic-presets", "tood-presets"}  # not measured
 PAGE = "before\n<!-- table: quick -->\nold\n<!-- end -->\nafter\n"
 
 
@@ -140,6 +141,33 @@ def test_preset_sizes_of_dynamic_atss() -> None:
         ("weights_up_down", "D_up P + D_down A"),
     ):
         assert f"| atss | {compared} | focal, centerness |" in rows[name]
+
+
+def test_preset_sizes_of_tood() -> None:
+    rows = {line.split("`")[1]: line for line in tables.tood_presets_table(Path()).splitlines()[2:]}
+    assert set(rows) == set(TOOD_PRESETS)
+    # totals of spec section 1.7; trained are all but stem and C2, 225,344 less
+    for name, cells in (
+        ("r50_1x", "T-Head | points | ATSS 4 epochs, TAL 1, 6, 13 | resnet50 | - | 12 epochs of 16 | 800 | 0.01 |"),
+        ("r50_anchor_based_1x", "T-Head | anchors | ATSS 4 epochs, TAL 1, 6, 13 |"),
+        (
+            "r101_dcn_2x_ms",
+            "T-Head | points | ATSS 4 epochs, TAL 1, 6, 13 | resnet101 | C3 C4 C5 towers | 24 epochs of",
+        ),
+        ("parallel_atss", "parallel | points | ATSS | resnet50 | - | 12 epochs of 16 | 800 |"),
+        (
+            "parallel_tap_18e",
+            "parallel + TAP | points | ATSS 4 epochs, TAL 1, 6, 13 | resnet50 | - | 18 epochs of 16 |",
+        ),
+        ("alpha_1p5_beta_8", "T-Head | points | ATSS 4 epochs, TAL 1.5, 8, 13 |"),
+        ("no_atss_phase", "T-Head | points | TAL 1, 6, 13 |"),
+        ("conflict_min_area", "T-Head | points | ATSS 4 epochs, TAL 1, 6, 13, min_area |"),
+        ("quick", "T-Head | points | ATSS 33 %, TAL 1, 6, 13 | resnet18 |"),
+    ):
+        assert f"| `{name}` | {cells}" in rows[name]
+    assert "| 32,200,494 | 31,975,150 |" in rows["r50_1x"]
+    assert "| 53,619,760 |" in rows["r101_dcn_2x_ms"]
+    assert "| 97,813,444 |" in rows["x101_64x4d_dcn_2x_ms"]
 
 
 def write_speed(results: Path, threads: int, *rows: dict[str, object]) -> None:
