@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nox
 
-METHODS = ("paa", "dynamic_atss")
+METHODS = ("paa", "dynamic_atss", "tood_tal")
 PACKAGES = ("core", *METHODS, "benchmarks")
 WORKERS = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")  # a worker takes half a gigabyte and more
 UNTRACED = ("-p", "no:jaxtyping", "-o", "addopts=-q --strict-markers")  # torch.compile cannot trace jaxtyping's checks
