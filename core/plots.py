@@ -1,6 +1,7 @@
 """What an assigner decides, as a picture: each object's anchors in the image, their scores, and maps of all cells."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ def draw_decisions(path: Path, rows: Sequence[Row], title: str, subtitle: str, a
         rows: from top to bottom; none gives a picture that says so.
         title: first line.
         subtitle: second line.
-        axis: what the scores are.
+        axis: what the scores are; their name ends at its first comma or colon.
     """
     figure, head, parts = _figure([ROW_HEIGHT] * len(rows) or [HEAD_HEIGHT])
     _draw_head(head, title, subtitle)
@@ -145,8 +146,9 @@ def _object_handle() -> Line2D:
 def _draw_row(part: Any, row: Row, axis: str) -> None:
     grid = part.add_gridspec(2, 3, width_ratios=(1, 1, 2.1), height_ratios=(1.25, 1))
     positives, others = part.add_subplot(grid[:, 0]), part.add_subplot(grid[:, 1])
-    _draw_boxes(positives, row, ("positive",))
-    _draw_boxes(others, row, ("ignored", "negative"))
+    name = re.split("[,:]", axis)[0]
+    _draw_boxes(positives, row, ("positive",), name)
+    _draw_boxes(others, row, ("ignored", "negative"), name)
     positives.set_title(row.title, loc="left", fontsize=11, fontweight="bold", color=INK, in_layout=False)
     if row.decision.curves is None:
         strip = part.add_subplot(grid[:, 2])
@@ -158,7 +160,7 @@ def _draw_row(part: Any, row: Row, axis: str) -> None:
     _draw_strip(strip, row.decision, axis)
 
 
-def _draw_boxes(axes: Any, row: Row, outcomes: Sequence[Outcome]) -> None:
+def _draw_boxes(axes: Any, row: Row, outcomes: Sequence[Outcome], name: str) -> None:
     """Part of the image with the object's box, the predicted boxes of some outcomes and their anchors' centres."""
     decision = row.decision
     left, top, right, bottom = crop_window(decision.box, row.image.shape[:2])
@@ -171,7 +173,7 @@ def _draw_boxes(axes: Any, row: Row, outcomes: Sequence[Outcome]) -> None:
         for place in decision.where(outcome)[::-1]:
             _outline(axes, decision.boxes[place], COLOURS[outcome], width, alpha)
         _mark_centres(axes, decision, outcome, LABEL_ROOM * (bottom - top))
-    axes.set_xlabel("\n".join(_summary(decision, outcome) for outcome in outcomes if _shown(decision, outcome)))
+    axes.set_xlabel("\n".join(_summary(decision, outcome, name) for outcome in outcomes if _shown(decision, outcome)))
     axes.xaxis.label.set(fontsize=8.5, color=INK)
 
 
@@ -202,19 +204,17 @@ def _mark_centres(axes: Any, decision: Decision, outcome: Outcome, room: float) 
             axes.plot(*centre, markersize=3.5, **marker)
 
 
-def _summary(decision: Decision, outcome: Outcome) -> str:
-    """`5 positive: score 0.31 to 0.52, IoU 0.81 to 0.93`."""
+def _summary(decision: Decision, outcome: Outcome, name: str) -> str:
+    """`5 positive: score 0.31 to 0.52, IoU 0.81 to 0.93`; `name` is the score's."""
     places = decision.where(outcome)
     if len(places) == 0:
         return f"0 {outcome}"
-    ranges = [
-        f"{name} {_range(values[places])}" for name, values in (("score", decision.scores), ("IoU", decision.ious))
-    ]
-    return f"{len(places)} {outcome}: {', '.join(ranges)}"
+    scores, ious = (_range(values[places]) for values in (decision.scores, decision.ious))
+    return f"{len(places)} {outcome}: {name} {scores}, IoU {ious}"
 
 
 def _range(values: np.ndarray) -> str:
-    low, high = f"{values.min():.2f}", f"{values.max():.2f}"
+    low, high = (f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}" for value in (values.min(), values.max()))
     return low if low == high else f"{low} to {high}"
 
 
@@ -241,10 +241,10 @@ def _draw_density(axes: Any, decision: Decision, curves: Curves) -> None:
 
 
 def _limits(scores: Float64[np.ndarray, " n"]) -> tuple[float, float]:
-    """Ends of the x axis: a little beyond the scores, and never a point."""
+    """Ends of the x axis: a little beyond the scores, however small they are, and never a point."""
     if len(scores) == 0:
         return 0.0, 1.0
-    margin = max(0.05 * float(np.ptp(scores)), 0.02)
+    margin = max(0.05 * float(np.ptp(scores)), 0.01 * float(np.abs(scores).max())) or 0.02
     return float(scores.min()) - margin, float(scores.max()) + margin
 
 
@@ -294,14 +294,14 @@ def _draw_strip(axes: Any, decision: Decision, axis: str) -> None:
 
 
 def _number_ranks(axes: Any, decision: Decision, width: float) -> None:
-    """The rank over each positive that has room for it on its level's line."""
-    end: dict[int, float] = {}
+    """The rank over each positive that has room for it on its level's line, beside the better ones."""
+    numbered: list[tuple[int, float, float]] = []
     for place in decision.where("positive"):
         score, level, text = float(decision.scores[place]), int(decision.levels[place]), str(place + 1)
         half = 0.006 * width * len(text)
-        if score - half > end.get(level, -np.inf):
+        if all(level != other or abs(score - x) > half + room for other, x, room in numbered):
             axes.text(score, level - 0.3, text, fontsize=6.5, color=COLOURS["positive"], ha="center", va="bottom")
-            end[level] = score + half
+            numbered.append((level, score, half))
 
 
 def _draw_object_maps(part: Any, row: Row) -> None:

@@ -44,7 +44,7 @@ class Config(TrainConfig):
         if self.quality != "none" and (self.head != "parallel" or self.atss_share < 1):
             raise ValueError(
                 f"quality {self.quality} is plain ATSS's: it needs head parallel and atss_share 1, got head {self.head}"
-                f" and atss_share {self.atss_share}"
+                f" and atss_share {self.atss_share:.3g}"
             )
         if self.geometry != "modern":
             raise ValueError(f"TOOD exists in geometry modern only, got {self.geometry}")

@@ -16,7 +16,7 @@ from tood_tal.config import Config
 from tood_tal.losses import pixel_boxes
 from tood_tal.model import Outputs
 
-SCORE_AXIS = "alignment metric t: score ^ alpha · IoU ^ beta of prediction and object (high is good)"
+SCORE_AXIS = "t, the alignment metric: score ^ alpha · IoU ^ beta of prediction and object (high is good)"
 POSITIVE, NEGATIVE = OUTCOMES.index("positive"), OUTCOMES.index("negative")
 
 

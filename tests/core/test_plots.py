@@ -4,10 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from core.decisions import Decision, LevelMap, level_maps
-from core.plots import COLOURS, Row, _height, _limits, crop_window, draw_decisions, draw_maps, shown_maximum
+from core.plots import (
+    COLOURS,
+    Row,
+    _height,
+    _limits,
+    _number_ranks,
+    _summary,
+    crop_window,
+    draw_decisions,
+    draw_maps,
+    shown_maximum,
+)
 
 GREY = np.full((90, 120, 3), 128, np.uint8)
 
@@ -66,8 +78,18 @@ def test_crop_holds_the_object() -> None:
 
 def test_axis_is_never_a_point() -> None:
     assert _limits(np.array([])) == (0.0, 1.0)
-    assert _limits(np.array([0.5, 0.5])) == pytest.approx((0.48, 0.52))
+    assert _limits(np.array([0.0, 0.0])) == (-0.02, 0.02)
+    assert _limits(np.array([0.5, 0.5])) == pytest.approx((0.495, 0.505))
+    assert _limits(np.array([1e-4, 3e-4])) == pytest.approx((0.9e-4, 3.1e-4))
     assert _limits(np.array([1.0, 3.0])) == pytest.approx((0.9, 3.1))
+
+
+def test_ranges_of_small_and_large_numbers() -> None:
+    one = decision(3, 2)
+    small = one._replace(scores=np.array([0.000123, 0.0, 7.0]), ious=np.array([0.512, 0.512, 0.9]))
+    assert _summary(small, "positive", "t") == "2 positive: t 0 to 0.00012, IoU 0.51"
+    assert _summary(small, "ignored", "anchor score") == "1 ignored: anchor score 7.00, IoU 0.90"
+    assert _summary(small, "negative", "t") == "0 negative"
 
 
 def test_a_narrow_curve_does_not_flatten_the_others() -> None:
@@ -132,3 +154,13 @@ def test_maps_of_nothing_and_of_several_objects(tmp_path: Path) -> None:
     two, one = (np.asarray(Image.open(tmp_path / name)) for name in ("two.png", "one.png"))
     assert two.shape[1] == one.shape[1]
     assert two.shape[0] > 1.5 * one.shape[0]
+
+
+@pytest.mark.parametrize("falling", [False, True])
+def test_ranks_stand_where_they_have_room(falling: bool) -> None:
+    """Anchors 0 and 1 share a level and almost their score, anchor 2 is alone; the axis is 1 wide."""
+    scores = np.array([0.5, 0.505, 0.9])
+    one = decision(3, 3)._replace(scores=-scores if falling else scores, levels=np.array([3, 3, 3]))
+    axes = Figure().add_subplot()
+    _number_ranks(axes, one._replace(outcomes=np.zeros(3, dtype=np.int64)), 1.0)
+    assert [text.get_text() for text in axes.texts] == ["1", "3"]

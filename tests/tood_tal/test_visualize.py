@@ -182,7 +182,7 @@ def test_command_draws_and_records(runs: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("core.visualize.OBJECTS_SHOWN", 2)
     visualize(monkeypatch, str(runs / "plain" / "best.pt"), "000001.png", "3", "--out", str(tmp_path))
     content = json.loads((tmp_path / "assignments.json").read_text(encoding="utf-8"))
-    assert content["score"].startswith("alignment metric t")
+    assert content["score"].startswith("t, the alignment metric")
     assert [image["image"] for image in content["images"]] == ["000001.png", "000003.png"]
     for image in content["images"]:
         for path in (tmp_path / image["drawn"], tmp_path / "maps" / image["drawn"]):
