@@ -150,8 +150,8 @@ def giou_loss(
 ) -> Float[Tensor, "*n"]:
     """GIoU loss 1 - (I/U - (E-U)/E) per box, in [0, 2] (Rezatofighi et al. 2019, Algorithm 1; spec PAA section 2).
 
-    Sides are x2 - x1 in both geometries. A prediction turned inside out has no area; its x2, y2 are raised to its x1, y1
-    (the authors of PAA), with `floor` they stay where they are and enclose (MMDetection). Values and gradients are
+    Sides are x2 - x1 in both geometries. A prediction turned inside out has no area; its x2, y2 are raised to its x1,
+    y1 (the authors of PAA), with `floor` they stay where they are and enclose (MMDetection). Values and gradients are
     finite for coordinates up to 1e18 pixels.
 
     Args:
