@@ -15,7 +15,9 @@ def evaluate_parser(method: str) -> OneLineParser:
         description="The 12 COCO numbers of a trained model; also writes metrics.json and detections.json.",
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="runs/.../best.pt or a released .safetensors")
-    parser.add_argument("--data", help="COCO folder, dataset YAML or shapes; default: what the model was trained on")
+    parser.add_argument(
+        "--data", help="COCO or VOC folder, dataset YAML or shapes; default: what the model was trained on"
+    )
     parser.add_argument("--split", choices=("train", "val", "test", "test-dev"), default="val", help=SPLIT_HELP)
     parser.add_argument(
         "--out", type=Path, help="folder of results; default: WEIGHTS' folder + /evaluate-<split>[-tta]"
@@ -52,7 +54,9 @@ def visualize_parser(method: str) -> OneLineParser:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="file names or ids of the data's images, or shapes for drawn ones"
     )
-    parser.add_argument("--data", help="COCO folder, dataset YAML or shapes; default: what the model was trained on")
+    parser.add_argument(
+        "--data", help="COCO or VOC folder, dataset YAML or shapes; default: what the model was trained on"
+    )
     parser.add_argument(
         "--split", choices=("train", "val", "test"), default="val", help="the images' split; default: val"
     )

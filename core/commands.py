@@ -45,6 +45,7 @@ from core.runlog import write_json
 from core.train import Picture, fit, seed_everything
 from core.tta import describe_views, paper_views
 from core.types import Batch, Detections
+from core.voc import VOC_METRICS, VocResult, evaluate_voc
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 SHAPES_SHOWN = 8  # images that `predict shapes` draws
@@ -80,7 +81,7 @@ def train(
         pictures: makes what draws the method's assignment during training, see `core.train.fit`.
     """
     with distributed.process_group(config.device) as device:
-        data = open_data(config.data, config.seed)
+        data = open_data(config.data, config.seed, voc_one_based=config.voc_one_based)
         steps = total_steps(config, len(training_images(data.train, config.empty_images)))
         seed_everything(config.seed, deterministic=config.deterministic)
         model: Any = build(config, len(data.categories))
@@ -114,7 +115,9 @@ def evaluate(
     detect: Detect,
     changes: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """The 12 COCO numbers of a checkpoint on a split; printed, and written with all detections into a folder.
+    """The 12 COCO numbers of a checkpoint on a split, printed and written with all detections into a folder.
+
+    Data of a VOC folder give both VOC numbers too (`core.voc`).
 
     Args:
         arguments: of `core.arguments.evaluate_parser`.
@@ -129,7 +132,12 @@ def evaluate(
     """
     with distributed.process_group(arguments.device) as device:
         trained = load_trained(arguments, method, config_type, build, device, changes)
-        data = open_data(arguments.data or trained.config.data, trained.config.seed, splits=(arguments.split,))
+        data = open_data(
+            arguments.data or trained.config.data,
+            trained.config.seed,
+            splits=(arguments.split,),
+            voc_one_based=trained.config.voc_one_based,
+        )
         table = data.split(arguments.split)
         check_categories(table, trained.categories, str(arguments.weights))
         detect = partial(detect, config=trained.config)
@@ -146,20 +154,24 @@ def evaluate(
             print(f"{len(found.scores)} detections on {len(table)} images of {data.name} {TEST_DEV}; no AP")
             print(f"written to {out}; python -m {method}.report --submission makes the zip of a submission")
             return {}
-        result = evaluate_boxes(ground_truth(table), found, arguments.backend)
+        truth = ground_truth(table)
+        result = evaluate_boxes(truth, found, arguments.backend)
+        voc = evaluate_voc(truth, found) if table.protocol == "voc" else VocResult({}, {})
+        metrics = result.metrics | voc.metrics
         write_detections(out / "detections.json", found)
         per_class = [
             {"id": category.id, "name": category.name, "AP": result.category_ap[category.id]}
+            | voc.category_ap.get(category.id, {})
             for category in table.categories
         ]
         facts = {"weights": str(arguments.weights), "data": data.name, "split": arguments.split, "tta": arguments.tta}
         facts |= {"images": len(table), "changes": dict(changes or {})}
-        write_json(out / "metrics.json", {**result.metrics, "per_class": per_class, **facts})
+        write_json(out / "metrics.json", {**metrics, "per_class": per_class, **facts})
         print(f"{len(found.scores)} detections on {len(table)} images of {data.name} {arguments.split}")
-        for name, value in result.metrics.items():
-            print(f"{name:<6} {'none' if value < 0 else f'{value:.4f}'}   {METRICS[name]}")
+        for name, value in metrics.items():
+            print(f"{name:<6} {'none' if value < 0 else f'{value:.4f}'}   {(METRICS | VOC_METRICS)[name]}")
         print(f"written to {out}")
-    return result.metrics
+    return metrics
 
 
 def predict(

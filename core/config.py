@@ -26,7 +26,8 @@ class TrainConfig:
     """A run's data, schedule, optimiser and hardware."""
 
     # data
-    data: str = "data/coco"  # COCO folder, dataset YAML, or the word shapes
+    data: str = "data/coco"  # COCO or VOC folder, dataset YAML, or the word shapes
+    voc_one_based: bool = True  # corners in a VOC folder count pixels from 1 and belong to the box, as VOC's own do
     empty_images: Literal["skip", "keep"] = "skip"  # training images without boxes
     short_side: int = 800  # pixels; an image's short side is resized to it ...
     long_side: int = 1333  # ... unless its long side would exceed this

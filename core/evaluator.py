@@ -64,7 +64,7 @@ class GroundTruth(NamedTuple):
     box_category_ids: Int64[np.ndarray, " M"]
     boxes: Float64[np.ndarray, "M 4"]  # left, top, width, height
     areas: Float64[np.ndarray, " M"]  # decide small, medium or large; COCO: of the mask, not of the box
-    crowd: Bool[np.ndarray, " M"]  # regions of many objects: detections inside are neither right nor wrong
+    crowd: Bool[np.ndarray, " M"]  # regions of many objects, VOC's difficult ones: detections of them do not count
 
 
 class CocoResult(NamedTuple):
@@ -75,7 +75,7 @@ class CocoResult(NamedTuple):
 
 
 def ground_truth_from_table(table: Table) -> GroundTruth:
-    """Ground truth of one split, from the arrays that training reads."""
+    """Ground truth of one split, from the arrays that training reads. VOC's difficult boxes count as crowd."""
     category_ids = np.array([category.id for category in table.categories], dtype=np.int64)
     return GroundTruth(
         np.asarray(table.image_ids, dtype=np.int64),
@@ -84,7 +84,7 @@ def ground_truth_from_table(table: Table) -> GroundTruth:
         category_ids[table.labels],
         np.asarray(table.boxes_xywh, dtype=np.float64),
         np.asarray(table.areas, dtype=np.float64),
-        np.asarray(table.crowd, dtype=np.bool_),
+        np.asarray(table.crowd | table.difficult, dtype=np.bool_),
     )
 
 
@@ -150,7 +150,7 @@ def evaluate_boxes(
     Raises:
         UserError: a score or box that is not finite, an image or category id that the ground truth lacks.
     """
-    _check_detections(ground_truth, detections, source)
+    check_detections(ground_truth, detections, source)
     images, categories = np.unique(ground_truth.image_ids), np.unique(ground_truth.category_ids)
     if not len(images) or not len(categories):
         return CocoResult(dict.fromkeys(METRICS, -1.0), {})
@@ -162,7 +162,8 @@ def evaluate_boxes(
     return CocoResult(_summary(precision, recall), _category_ap(precision, categories))
 
 
-def _check_detections(ground_truth: GroundTruth, detections: DetectionArrays, source: str) -> None:
+def check_detections(ground_truth: GroundTruth, detections: DetectionArrays, source: str) -> None:
+    """UserError for an unknown image or category id, or a number that is not finite."""
     for name, ids, known in (
         ("image_id", detections.image_id, ground_truth.image_ids),
         ("category_id", detections.category_id, ground_truth.category_ids),

@@ -30,6 +30,7 @@ from core.evaluator import (
 from core.nms import to_detections
 from core.tta import View, flip_images, merge, view_candidates
 from core.types import Batch, Detections
+from core.voc import evaluate_voc
 
 # A method's `detect` with its configuration bound: (outputs, sizes, original_sizes=...) to detections.
 Detect = Callable[..., Detections]
@@ -61,11 +62,18 @@ def load_start_weights(model: nn.Module, config: TrainConfig, method: str) -> No
 def on_validation(
     detect: Detect, table: Table, config: TrainConfig, device: torch.device
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """What `fit` calls to evaluate: a model to the 12 COCO numbers on this split, shared out over the ranks."""
+    """What `fit` calls to evaluate: a model to the 12 COCO numbers on this split, shared out over the ranks.
+
+    Data of a VOC folder also give VOC07 and VOC12; what `fit` looks at stays AP.
+    """
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         found = detect_table(model, detect, table, config, device)
-        return coco_metrics(ground_truth(table), found) if distributed.is_main() else {}
+        if not distributed.is_main():
+            return {}
+        truth = ground_truth(table)
+        voc = evaluate_voc(truth, found).metrics if table.protocol == "voc" else {}
+        return coco_metrics(truth, found) | voc
 
     return evaluate
 
@@ -74,9 +82,9 @@ def ground_truth(table: Table) -> GroundTruth:
     """What a split's detections are compared with: every box of its annotation file.
 
     Reading drops a few boxes that cannot be targets (`core.data.parse`). Where that happened the file is read again:
-    official numbers count them.
+    official numbers count them. A VOC folder's are left out.
     """
-    return read_ground_truth(Path(table.source)) if table.notes else ground_truth_from_table(table)
+    return read_ground_truth(Path(table.source)) if table.notes and table.protocol == "coco" else ground_truth_from_table(table)
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ class Metric(NamedTuple):
 
 METRICS = {  # by key in files
     **{name: Metric(name, 100.0, 1) for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")},
+    "VOC07": Metric("VOC07 mAP", 100.0, 1),
+    "VOC12": Metric("VOC12 mAP", 100.0, 1),
     "iou_error": Metric("IoU error"),
     "rank_correlation": Metric("rank correlation"),  # of score and IoU, of the most confident predictions of an object
     "top_iou": Metric("IoU of the best"),  # of those

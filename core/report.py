@@ -307,7 +307,8 @@ def summary(values: Sequence[float], metric: str) -> str:
 
 def others_table(others: Sequence[Measurement], presets: Mapping[str, TrainConfig], published: Published) -> str:
     """Runs that answer no row, with what makes them different from the preset they began as."""
-    metrics = ["AP", "AP50", "AP75", *(["iou_error"] if any("iou_error" in one.values for one in others) else [])]
+    some = [metric for metric in ("VOC07", "VOC12", "iou_error") if any(metric in one.values for one in others)]
+    metrics = ["AP", "AP50", "AP75", *some]
     header = ["run", "preset", "data", *(METRICS[metric].heading for metric in metrics), "differs"]
     rows = []
     for one in others:

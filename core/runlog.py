@@ -23,6 +23,7 @@ from core.errors import UserError
 from core.files import replace_file
 
 LOG = "log.jsonl"
+SHOWN = ("AP", "AP50", "AP75", "VOC07", "VOC12")  # of the metrics, in lines and curves; the last two of VOC data only
 MACHINE_FIELDS = (
     "images_per_second",
     "eta_seconds",
@@ -83,7 +84,7 @@ class RunLog:
     def val(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log an evaluation."""
         self._write({"step": step, "split": "val", **metrics})
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name in ("AP", "AP50", "AP75"))
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name in SHOWN)
         self.say(f"step {step}/{self.steps}  val  {shown}")
 
     def say(self, line: str) -> None:
@@ -294,7 +295,7 @@ def _plot_losses(axes: Any, train: Sequence[Mapping[str, Any]], names: Sequence[
 
 
 def _plot_scores(axes: Any, val: Sequence[Mapping[str, Any]]) -> None:
-    names = [name for name in ("AP", "AP50", "AP75") if val and val[-1].get(name) is not None]
+    names = [name for name in SHOWN if val and val[-1].get(name) is not None]
     for name, colour in zip(names, COLOURS, strict=False):
         values = [row.get(name) for row in val]
         points = [value if value is not None else math.nan for value in values]

@@ -283,6 +283,7 @@ def _plan_table(split: str, count: int, seed: int) -> Table:
         crowd=np.zeros(len(kinds), bool),
         areas=xywh[:, 2] * xywh[:, 3],
         annotation_ids=np.arange(1, len(kinds) + 1, dtype=np.int64),
+        difficult=np.zeros(len(kinds), bool),
         images=DrawnImages(seed, split),
         source=f"shapes {split}",
         licence=LICENCE,

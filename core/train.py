@@ -27,7 +27,7 @@ from core import checkpoint, distributed
 from core.config import TrainConfig
 from core.configfile import to_yaml
 from core.errors import UserError
-from core.runlog import LOG, RunLog, commit, draw_curves, environment, read_log, write_json, write_text
+from core.runlog import LOG, SHOWN, RunLog, commit, draw_curves, environment, read_log, write_json, write_text
 from core.types import Batch, Targets
 
 Criterion = Callable[[Any, Targets, int, int], dict[str, Tensor]]
@@ -504,7 +504,7 @@ def _open_log(folder: Path, state: State, steps: int, config: TrainConfig) -> An
 
 
 def _describe_best(state: State) -> str:
-    shown = ", ".join(f"{name} {state.best[name]:.3f}" for name in ("AP", "AP50", "AP75") if name in state.best)
+    shown = ", ".join(f"{name} {state.best[name]:.3f}" for name in SHOWN if name in state.best)
     return f"best at step {state.best['step']}: {shown}"
 
 

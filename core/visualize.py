@@ -107,7 +107,8 @@ def find_rows(arguments: argparse.Namespace, trained: Trained) -> tuple[DataSour
     """
     drawn = arguments.images == ["shapes"]
     spec = "shapes" if drawn else arguments.data or trained.config.data
-    data = open_data(spec, trained.config.seed, splits=(arguments.split,))
+    config = trained.config
+    data = open_data(spec, config.seed, splits=(arguments.split,), voc_one_based=config.voc_one_based)
     table = data.split(arguments.split)
     check_categories(table, trained.categories, str(arguments.weights))
     if drawn:

@@ -56,7 +56,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     if config.quality != "iou":
         raise UserError(f"{weights}: has no IoU branch, it was trained with quality {config.quality}")
-    data = open_data(arguments.data or config.data, config.seed, splits=(arguments.split,))
+    spec = arguments.data or config.data
+    data = open_data(spec, config.seed, splits=(arguments.split,), voc_one_based=config.voc_one_based)
     table = data.split(arguments.split)
     check_categories(table, categories, str(weights))
     parts: dict[str, list[PredictedIous]] = {"positives": [], "detections": []}

@@ -22,7 +22,7 @@ def main() -> None:
     parser = OneLineParser(prog="python -m core.data", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="counts and problems of a data set")
-    check.add_argument("data", help="COCO folder, dataset YAML, or the word shapes")
+    check.add_argument("data", help="COCO or VOC folder, dataset YAML, or the word shapes")
     check.set_defaults(command=lambda arguments: check_data(arguments.data))
     shapes = commands.add_parser("shapes", help="write drawn images as a COCO folder")
     shapes.add_argument("out", type=Path, help="a new or empty folder")
@@ -52,10 +52,10 @@ def write_drawn(arguments: argparse.Namespace) -> None:
 
 def check_data(spec: str) -> None:
     """The command `check`: prints counts and problems of every split. UserError if there is a problem."""
-    from core.data.sources import SPLITS, data_files, open_data
+    from core.data.sources import open_data, split_names
 
     problems = []
-    for split in SPLITS if spec == "shapes" else data_files(Path(spec).expanduser()):
+    for split in split_names(spec):
         try:
             table = open_data(spec, splits=(split,)).split(split)
         except UserError as error:
@@ -83,8 +83,10 @@ def describe(table: "Table") -> str:
     counts = np.bincount(targets, minlength=len(table.categories)).tolist()
     classes = ", ".join(f"{category.name} {count}" for category, count in zip(table.categories, counts, strict=True))
     empty = int((np.diff(table.box_offsets) == 0).sum())
+    voc = table.protocol == "voc"
+    apart = f", {int(table.difficult.sum())} of them difficult" if voc else f" and {int(table.crowd.sum())} crowd"
     return (
-        f"{len(table)} images ({empty} without boxes), {len(targets)} boxes and {int(table.crowd.sum())} crowd; "
+        f"{len(table)} images ({empty} without boxes), {len(targets)} boxes{apart}; "
         f"small {small}, medium {medium}, large {len(areas) - small - medium}; {classes}"
     )
 

@@ -294,6 +294,7 @@ def build_table(
         crowd=boxes.crowd[order].astype(bool),
         areas=np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas),
         annotation_ids=boxes.ids[order],
+        difficult=np.zeros(len(order), bool),
         images=reader,
         source=str(path),
         licence=licence,

@@ -1,4 +1,4 @@
-"""What `--data` may name: a COCO folder, a dataset YAML, or the word shapes."""
+"""What `--data` may name: a COCO folder, a VOCdevkit or one year of it, a dataset YAML, or the word shapes."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from core.configfile import read_mapping
 from core.data.images import ImageFolder
 from core.data.parse import open_annotations
 from core.data.table import Category, Table, warn
+from core.data.voc import find_voc, open_voc
 from core.errors import UserError, nearest
 from core.shapes import SPLITS as SHAPES_SPLITS
 from core.shapes import shapes_table
@@ -19,6 +20,10 @@ TEST_DEV = "test-dev"  # COCO's test images, whose annotations are not public: o
 COCO_HINT = (
     "get COCO 2017 from https://cocodataset.org/#download and unpack annotations/, train2017/ and val2017/ there, "
     "or try --data shapes"
+)
+COCO_2014_HINT = (
+    "trainval35k (train2014 and valminusminival2014) are the images of train2017, minival2014 are those of val2017; "
+    "get instances_{train,val}2017.json from annotations_trainval2017.zip at https://cocodataset.org/#download"
 )
 
 
@@ -58,13 +63,14 @@ class DataSource:
         return self.tables[name]
 
 
-def open_data(spec: str, seed: int = 0, splits: tuple[str, ...] = SPLITS) -> DataSource:
+def open_data(spec: str, seed: int = 0, splits: tuple[str, ...] = SPLITS, *, voc_one_based: bool = True) -> DataSource:
     """Opens a data set; nothing is downloaded.
 
     Args:
-        spec: the word shapes, a dataset YAML, or a COCO folder.
+        spec: the word shapes, a dataset YAML, a COCO folder, or a VOC folder (`core.data.voc`).
         seed: of the drawn shapes.
         splits: which splits to open, of those that exist; or test-dev of a COCO folder, whose table has no boxes.
+        voc_one_based: corners of a VOC folder count pixels from 1 and belong to the box.
 
     Raises:
         UserError: nothing there, or an annotation file that cannot be trusted.
@@ -75,11 +81,26 @@ def open_data(spec: str, seed: int = 0, splits: tuple[str, ...] = SPLITS) -> Dat
         tables = {name: shapes_table(name, count, seed) for name, count in SHAPES_SPLITS.items() if name in splits}
         return _source("shapes", tables)
     path = Path(spec).expanduser()
-    files = data_files(path)
-    tables = {name: open_split(*files[name]) for name in SPLITS if name in files and name in splits}
+    wanted = [name for name in SPLITS if name in splits]
+    if voc := find_voc(path):
+        name, there = voc.name, tuple(voc.lists)
+        tables = open_voc(voc, wanted, one_based=voc_one_based)
+    else:
+        files = data_files(path)
+        name, there = path.stem if path.is_file() else path.resolve().name, tuple(files)
+        tables = {split: open_split(*files[split]) for split in wanted if split in files}
     if not tables:
-        raise UserError(f"{path}: has no split {' or '.join(splits)}, only {', '.join(files)}")
-    return _source(path.stem if path.is_file() else path.resolve().name, tables)
+        raise UserError(f"{path}: has no split {' or '.join(splits)}, only {', '.join(there)}")
+    return _source(name, tables)
+
+
+def split_names(spec: str) -> tuple[str, ...]:
+    """The splits that a data set has. UserError if it is none."""
+    if spec == "shapes":
+        return SPLITS
+    path = Path(spec).expanduser()
+    voc = find_voc(path)
+    return tuple(voc.lists if voc else data_files(path))
 
 
 def data_files(path: Path) -> dict[str, tuple[Path, Path]]:
@@ -147,9 +168,10 @@ def coco_files(folder: Path) -> dict[str, tuple[Path, Path]]:
                 files[split] = (next((place for place in places if place.is_dir()), places[0]), annotations)
                 break
     if not files:
-        looked = f"looked for annotations/instances_train2017.json and instances_train.json in {folder.absolute()}"
+        looked = "annotations/instances_train2017.json, annotations/instances_train.json and VOC's ImageSets/Main"
         what = "no COCO annotations" if folder.is_dir() else "no such folder" if not folder.exists() else "no YAML"
-        raise UserError(f"data {str(folder)!r}: {what} ({looked}); {COCO_HINT}")
+        hint = COCO_2014_HINT if any((folder / "annotations").glob("instances_*2014.json")) else COCO_HINT
+        raise UserError(f"data {str(folder)!r}: {what} (looked for {looked} in {folder.absolute()}); {hint}")
     return files
 
 

@@ -1,6 +1,6 @@
 """One split of a data set as packed flat arrays, memory-mapped from a cache file.
 
-No Python object per image or box: two million images with thirty million boxes are thirteen arrays, and every worker
+No Python object per image or box: two million images with thirty million boxes are twelve arrays, and every worker
 process maps the same pages.
 """
 
@@ -15,13 +15,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64, UInt8
 
 MAGIC = b"anchorage table\n"
-FORMAT = 1  # of the cache file; another number is rebuilt
+FORMAT = 2  # of the cache file; another number is rebuilt
 ALIGNMENT = 64  # bytes; every array starts at a multiple of it
 PREFIX = len(MAGIC) + 12  # magic, length of the header (8 bytes), CRC-32 of the header (4 bytes)
 
@@ -58,11 +58,13 @@ class Table:
     crowd: Bool[np.ndarray, " M"]  # a region of many objects: never a target, ignored by the evaluator
     areas: Float64[np.ndarray, " M"]  # as annotated (COCO: of the mask), otherwise width * height
     annotation_ids: Int64[np.ndarray, " M"]
+    difficult: Bool[np.ndarray, " M"]  # of VOC: a target, but neither missed nor wrong when it is evaluated
     images: ImageReader
     source: str  # the annotation file, for messages
     licence: str = ""  # what the annotation file says about rights
     notes: tuple[str, ...] = ()  # what was mended when the file was read
     digest: str = ""  # SHA-256 of the content
+    protocol: Literal["coco", "voc"] = "coco"  # voc: evaluated by PASCAL VOC's rules too
     cache: Path | None = None  # the file that the arrays are mapped from
 
     def __len__(self) -> int:
@@ -100,6 +102,7 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "crowd": ("|b1", ()),
     "areas": ("<f8", ()),
     "annotation_ids": ("<i8", ()),
+    "difficult": ("|b1", ()),
 }
 
 
@@ -129,9 +132,11 @@ def pack_names(names: list[str]) -> tuple[Int64[np.ndarray, " P"], UInt8[np.ndar
 
 
 def table_digest(table: Table) -> str:
-    """SHA-256 over categories and all arrays: equal content, equal digest."""
+    """SHA-256 over categories and all arrays: equal content, equal digest; `difficult` counts where it is set."""
     state = hashlib.sha256(json.dumps(table.categories).encode())
     for name in COLUMNS:
+        if name == "difficult" and not table.difficult.any():
+            continue
         array = np.ascontiguousarray(getattr(table, name))
         state.update(f"{name} {array.shape}".encode())
         state.update(_bytes(array))
@@ -210,6 +215,7 @@ def write_table(path: Path, table: Table, key: dict[str, Any]) -> None:
         crc = zlib.crc32(bytes(-array.nbytes % ALIGNMENT), crc)
         position += array.nbytes + -array.nbytes % ALIGNMENT
     meta = {"source": table.source, "licence": table.licence, "notes": table.notes, "digest": table.digest}
+    meta["protocol"] = table.protocol
     content = {"format": FORMAT, "key": key, "meta": meta, "categories": table.categories}
     header = json.dumps(content | {"layout": layout, "bytes": position, "crc": crc}).encode()
     header += b" " * (-(PREFIX + len(header)) % ALIGNMENT)

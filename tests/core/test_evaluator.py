@@ -252,6 +252,7 @@ def test_table_equals_file(tmp_path: Path) -> None:
         crowd=np.array([False, True]),
         areas=np.array([4000.0, 15.75]),
         annotation_ids=np.array([0, 1]),
+        difficult=np.array([False, False]),
         images=NoImages(),
         source="",
     )

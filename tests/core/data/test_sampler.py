@@ -34,6 +34,7 @@ def make_table(sizes: list[tuple[int, int]], boxes: list[list[float]] | None = N
         "crowd": np.zeros(len(xywh), bool),
         "areas": np.ones(len(xywh)),
         "annotation_ids": np.arange(len(xywh)),
+        "difficult": np.zeros(len(xywh), bool),
     }
     return Table(categories=(Category(1, "a"),), images=NoImages(), source="test", **(columns | changes))
 
