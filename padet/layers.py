@@ -27,10 +27,10 @@ def norm_layer(channels: int, norm: Norm) -> nn.Module:
 
 
 class FeatureAlignment(nn.Module):
-    """FAM: a deformable 3x3 convolution whose offsets follow the promotion of anchors (section 3.2; spec section 3.2).
+    """FAM: a deformable 3x3 convolution whose offsets follow the promotion of anchors (paper and spec, section 3.2).
 
-    y(p) = sum_k w_k * x(p + p_k + offset_k), then batch norm and ReLU. Offsets are in cells, (dy, dx) for each of the nine
-    places row by row. They come from 3x3 convolutions that start at 0, so at first this is a plain convolution.
+    y(p) = sum_k w_k * x(p + p_k + offset_k), then batch norm and ReLU. Offsets are in cells, (dy, dx) for each of the
+    nine places row by row. They come from 3x3 convolutions that start at 0, so at first this is a plain convolution.
 
     Note: deformable convolution of the first version, without masks: the paper counts 2K + 2 outputs.
     """
