@@ -45,7 +45,7 @@ def random_outputs(images: int = 2, anchors: int = 12, classes: int = 3) -> Outp
     return Outputs(logits, normal(4), normal(classes + 1), normal(4), (), Anchors(boxes, (), ()))
 
 
-OBJECTS = [[[3.0, 3, 20, 18], [20, 10, 40, 40], [5, 5, 12, 30]], [[10.0, 10, 30, 30]]]
+OBJECTS: list[list[list[float]]] = [[[3.0, 3, 20, 18], [20, 10, 40, 40], [5, 5, 12, 30]], [[10.0, 10, 30, 30]]]
 
 
 def test_apm_score_loss_by_hand() -> None:
@@ -216,8 +216,16 @@ def test_largest_offset_is_logged() -> None:
 
 def test_half_precision_outputs_lose_nothing() -> None:
     outputs = random_outputs()
-    rounded = Outputs(*(None if part is None else part.bfloat16() for part in outputs[:4]), (), outputs.anchors)  # type: ignore
-    exact = Outputs(*(None if part is None else part.float() for part in rounded[:4]), (), outputs.anchors)
+
+    def converted(given: Outputs, kind: torch.dtype) -> Outputs:
+        parts = given.apm_logits, given.apm_deltas, given.logits, given.deltas
+        scores, promotion, logits, deltas = (None if part is None else part.to(kind) for part in parts)
+        assert logits is not None
+        assert deltas is not None
+        return Outputs(scores, promotion, logits, deltas, (), given.anchors)
+
+    rounded = converted(outputs, torch.bfloat16)
+    exact = converted(rounded, torch.float32)
     both = [compute_losses(each, targets_of(OBJECTS), 1, 10, config=Config()) for each in (rounded, exact)]
     assert all(both[0][name] == both[1][name] for name in both[0])
     assert both[0]["loss_class"].dtype == torch.float32
