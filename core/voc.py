@@ -110,7 +110,7 @@ def judge(truth: GroundTruth, found: DetectionArrays) -> Int64[np.ndarray, " n"]
     near = ious >= MIN_IOU
     difficult = near & truth.crowd[np.where(near, objects, 0)] if len(truth.crowd) else near
     order = np.argsort(-found.scores, kind="stable")
-    order = order[(near & ~difficult)[order]]
+    order = order[near[order]]
     _, first = np.unique(objects[order], return_index=True)
     verdicts = np.zeros(len(found.scores), np.int64)
     verdicts[order[first]] = 1

@@ -161,7 +161,7 @@ def open_voc(voc: VocFolder, splits: Sequence[str], *, one_based: bool = True) -
         for split, lists in voc.lists.items()
     }
     everything = sorted(set(chain(*entries.values())))
-    key = {"rules": RULES, "one_based": one_based, "files": _fingerprint(voc, entries, everything)}
+    key = {"rules": RULES, "files": _fingerprint(voc, entries, everything)}
     place, images = str(voc.folder.resolve()), ImageFolder(voc.images())
 
     @cache

@@ -1,13 +1,17 @@
 """VOC's average precision: by hand, against a slow twin in the devkit's own coordinates, against COCO's matching."""
 
+import importlib
 import json
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from core.data.sources import open_data
+from core import commands
+from core.data.sources import DataSource, open_data
 from core.errors import UserError
 from core.evaluator import (
     DetectionArrays,
@@ -309,7 +313,9 @@ def test_ground_truth_of_a_voc_folder(folder: Path) -> None:
     assert [metrics[name] for name in ("AP", "AP50", "VOC07", "VOC12")] == pytest.approx([1, 1, 1, 1])
 
 
-def test_train_and_evaluate_on_a_voc_folder(folder: Path, tmp_path: Path) -> None:
+def test_train_and_evaluate_on_a_voc_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     method, out = METHODS[0], tmp_path / "run"
     schedule = ("--steps", "1", "--batch-size", "2", "--workers", "0", "--no-voc-one-based")
     said = run(f"{method}.train", "--data", str(folder), *TINY, *schedule, "--out", str(out))
@@ -317,7 +323,19 @@ def test_train_and_evaluate_on_a_voc_folder(folder: Path, tmp_path: Path) -> Non
     best = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["best"]
     assert 0 <= best["VOC07"] <= 1
     assert 0 <= best["VOC12"] <= 1
-    printed = run(f"{method}.evaluate", str(out / "best.pt"), "--workers", "0", "--out", str(tmp_path / "e")).stdout
+    environment = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+    assert environment["data_fingerprint"] == open_data(str(folder), voc_one_based=False).fingerprint
+    opened: list[DataSource] = []
+
+    def opening(*arguments: Any, **named: Any) -> DataSource:
+        opened.append(open_data(*arguments, **named))
+        return opened[0]
+
+    monkeypatch.setattr(commands, "open_data", opening)
+    monkeypatch.setattr(sys, "argv", ["", str(out / "best.pt"), "--workers", "0", "--out", str(tmp_path / "e")])
+    importlib.import_module(f"{method}.evaluate").main()
+    assert opened[0].val.boxes_xywh[0].tolist() == [5, 5, 35, 35]  # corners counted from 0, as in training
+    printed = capsys.readouterr().out
     assert "VOC07  0." in printed
     assert "VOC12  0." in printed
     metrics = json.loads((tmp_path / "e/metrics.json").read_text(encoding="utf-8"))
