@@ -13,14 +13,13 @@ import re
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
 from core import cli
 from core.complexity import Complexity, model_complexity
-from core.config import TrainConfig
-from core.configfile import ConfigType
+from core.config import PyramidConfig
 from core.errors import UserError, nearest
 from dynamic_atss.config import PRESETS as DYNAMIC_PRESETS
 from dynamic_atss.config import Config as DynamicConfig
@@ -31,6 +30,8 @@ from paa.model import PAA
 from tood_tal.config import PRESETS as TOOD_PRESETS
 from tood_tal.config import Config as TOODConfig
 from tood_tal.model import TOOD
+
+Pyramid = TypeVar("Pyramid", bound=PyramidConfig)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -298,9 +299,9 @@ def alignment_method_cells(config: TOODConfig) -> list[str]:
 
 
 def sizes_of(
-    presets: Mapping[str, ConfigType],
-    model: Callable[[ConfigType, int], nn.Module],
-    head: Callable[[ConfigType], Hashable],
+    presets: Mapping[str, Pyramid],
+    model: Callable[[Pyramid, int], nn.Module],
+    head: Callable[[Pyramid], Hashable],
 ) -> dict[str, Complexity]:
     """The size of each preset's model; those of equal architecture are counted once.
 
@@ -320,7 +321,7 @@ def sizes_of(
     return sizes
 
 
-def preset_cells(config: TrainConfig) -> list[str]:
+def preset_cells(config: PyramidConfig) -> list[str]:
     """Backbone and recipe of a preset."""
     length = f"{config.epochs:g} epochs" if config.steps is None else f"{config.steps:,}"
     stages = "".join(f"C{stage} " for stage in config.dcn_stages) + ("towers" if config.dcn_tower else "")

@@ -30,7 +30,7 @@ from torchvision.models import (
 )
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from core.config import TrainConfig
+from core.config import PyramidConfig, TrainConfig
 from core.errors import UserError
 from core.foreign import read_caffe2
 from core.layers import FrozenBatchNorm, deformable
@@ -82,14 +82,24 @@ class ResNetBackbone(nn.Module):
         return [c3, c4, self.layer4(c4)]
 
 
-def build_backbone(config: TrainConfig) -> ResNetBackbone:
-    """The backbone of a configuration, at its random start (see `load_backbone_weights`).
-
-    Every residual branch starts at zero where its last norm trains: batch norm by stored statistics does not normalise
-    a random network, whose activations would double in variance with every block (SkipInit, De and Smith 2020).
+def build_backbone(config: PyramidConfig) -> ResNetBackbone:
+    """The backbone of a pyramid, at its random start (see `load_backbone_weights`).
 
     Raises:
         UserError: if `dcn_groups` does not divide the channels of a deformable convolution.
+    """
+    backbone = build_resnet(config)
+    for stage in config.dcn_stages:
+        _deform(backbone.stages[stage - 2], config.dcn_groups)
+    freeze_stages(backbone, config.frozen_stages)
+    return backbone
+
+
+def build_resnet(config: TrainConfig) -> ResNetBackbone:
+    """The plain residual network of a configuration, at its random start, all of it trained but for a frozen norm.
+
+    Every residual branch starts at zero where its last norm trains: batch norm by stored statistics does not normalise
+    a random network, whose activations would double in variance with every block (SkipInit, De and Smith 2020).
     """
     architecture = ARCHITECTURES[config.backbone]
     caffe2 = config.switches.caffe2_backbone
@@ -105,9 +115,6 @@ def build_backbone(config: TrainConfig) -> ResNetBackbone:
     backbone = ResNetBackbone(network)
     if caffe2 and architecture.block is Bottleneck and architecture.groups == 1:
         _stride_in_1x1(backbone)
-    for stage in config.dcn_stages:
-        _deform(backbone.stages[stage - 2], config.dcn_groups)
-    freeze_stages(backbone, config.frozen_stages)
     return backbone
 
 
@@ -182,7 +189,7 @@ def imagenet_weights(config: TrainConfig, download: bool) -> dict[str, Tensor]:
     weights = ARCHITECTURES[config.backbone].weights
     if config.switches.caffe2_backbone:
         raise UserError(
-            f"backbone_weights: torchvision's weights do not fit profile {config.profile}'s Caffe2 backbone; "
+            "backbone_weights: torchvision's weights do not fit profile official's Caffe2 backbone; "
             "give a file with Caffe2's weights or none, or use profile ours"
         )
     if weights is None:
@@ -241,7 +248,9 @@ def detectron_weights(path: Path, config: TrainConfig) -> dict[str, Tensor]:
         UserError: no such file, damaged, with unknown blobs or a bias that is not 0; a profile that is not `official`.
     """
     if not config.switches.caffe2_backbone:
-        raise UserError(f"backbone_weights {path}: Detectron's weights need --profile official, got {config.profile}")
+        profile = config.conventions.get("profile")
+        problem = f"need --profile official, got {profile}" if profile else "do not fit this method's backbones"
+        raise UserError(f"backbone_weights {path}: Detectron's weights {problem}")
     state: dict[str, Tensor] = {}
     for blob, tensor in read_caffe2(path).items():
         name = rename(blob, DETECTRON_RULES)

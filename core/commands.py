@@ -26,7 +26,7 @@ from core.data.loader import train_batches
 from core.data.sampler import training_images
 from core.data.sources import TEST_DEV, open_data
 from core.data.table import Category, Table
-from core.data.transforms import resize, resized_sizes
+from core.data.transforms import network_sizes, resize
 from core.draw import draw_detections
 from core.errors import UserError
 from core.evaluator import METRICS, evaluate_boxes, write_detections
@@ -132,6 +132,9 @@ def evaluate(
     """
     with distributed.process_group(arguments.device) as device:
         trained = load_trained(arguments, method, config_type, build, device, changes)
+        if arguments.tta and trained.config.resize_rule == "square":
+            side = trained.config.scale[0]
+            raise UserError(f"--tta looks at several image sizes, {arguments.weights} takes squares of {side} px only")
         data = open_data(
             arguments.data or trained.config.data,
             trained.config.seed,
@@ -141,7 +144,7 @@ def evaluate(
         table = data.split(arguments.split)
         check_categories(table, trained.categories, str(arguments.weights))
         detect = partial(detect, config=trained.config)
-        views = paper_views(trained.config.short_side, trained.config.long_side) if arguments.tta else ()
+        views = paper_views(*trained.config.scale) if arguments.tta else ()
         out = arguments.out or arguments.weights.parent / f"evaluate-{arguments.split}{'-tta' if views else ''}"
         out.mkdir(parents=True, exist_ok=True)
         if views and distributed.is_main():
@@ -296,7 +299,7 @@ def detect_image(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (n, 4) xyxy in pixels of the image, scores and labels by falling score; RGB bytes (H, W, 3) in."""
     original = np.array([image.shape[:2]], dtype=np.int64)
-    size = resized_sizes(original, config.short_side, config.long_side, config.switches.truncate_resized)
+    size = network_sizes(original, config.scale, config.resize_rule)
     height, width = (int(side) for side in size[0])
     pixels = torch.zeros(3, *(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in (height, width)), dtype=torch.uint8)
     pixels[:, :height, :width] = torch.from_numpy(resize(image, (height, width)).copy()).permute(2, 0, 1)

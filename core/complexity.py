@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.anchors import SIZE_DIVISOR
 from core.config import TrainConfig
+from core.data.transforms import network_sizes
 
 CLASSES = 80  # COCO's
-ASPECT = 1.6  # of the image that is counted: 800 x 1280 for the papers' size, as MMDetection counts
+IMAGE = (1000, 1600)  # height, width before resizing: 800 x 1280 at the papers' scale, as MMDetection counts
 
 
 class Complexity(NamedTuple):
@@ -51,8 +53,8 @@ def _deform_conv_flops(inputs: Any, weight: Any, *_: Any, out_shape: Any = None,
 
 def model_complexity(config: TrainConfig, build: Callable[[Any, int], nn.Module]) -> Complexity:
     """Size and cost of the model that a configuration describes, with COCO's number of classes."""
-    long_side = min(config.long_side, round(ASPECT * config.short_side))
-    height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in (config.short_side, long_side))
+    (size,) = network_sizes(np.array([IMAGE]), config.scale, config.resize_rule)
+    height, width = (-(-int(side) // SIZE_DIVISOR) * SIZE_DIVISOR for side in size)
     with torch.device("meta"):
         model = build(config, CLASSES).eval()
     return measure(model, (height, width))

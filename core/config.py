@@ -1,13 +1,14 @@
 """What every training run can be told, method or not (imports no torch).
 
-A method's `Config` extends `TrainConfig`; its fields become flags (`core.cli`). A value here is the default of the four
-papers' common recipe where they share one.
+A method's `Config` extends `TrainConfig`, or `PyramidConfig` where it is one of the detectors on a pyramid P3 to P7;
+its fields become flags (`core.cli`). A value here is the default of the papers' common recipe where they share one.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from core.geometry import GEOMETRIES, Geometry, GeometryName
+from core.geometry import GEOMETRIES, MODERN, Geometry, GeometryName
 from core.profiles import PROFILES, Profile, ProfileName
 
 BackboneName = Literal[
@@ -20,28 +21,23 @@ BackboneName = Literal[
     "resnext152_32x8d",
 ]
 
+# How an image gets its size in the network's input: by its short side, the ratio of the sides kept, and the other side
+# rounded or cut down to whole pixels; or both sides made equal.
+ResizeRule = Literal["round", "truncate", "square"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A run's data, schedule, optimiser and hardware."""
+class TrainConfig(ABC):
+    """A run's data, schedule, optimiser and hardware; a subclass says how images are resized."""
 
     # data
     data: str = "data/coco"  # COCO or VOC folder, dataset YAML, or the word shapes
     voc_one_based: bool = True  # corners in a VOC folder count pixels from 1 and belong to the box, as VOC's own do
     empty_images: Literal["skip", "keep"] = "skip"  # training images without boxes
-    short_side: int = 800  # pixels; an image's short side is resized to it ...
-    long_side: int = 1333  # ... unless its long side would exceed this
-    short_side_min: int = 0  # multi-scale training draws short sides from here to short_side; 0: always short_side
     # model
-    geometry: GeometryName = "modern"  # box convention, see core/geometry.py
-    profile: ProfileName = "ours"  # whose implementation to follow, see core/profiles.py
-    backbone: BackboneName = "resnet50"  # network below the pyramid
+    backbone: str = "resnet50"
     backbone_weights: str = "cached"  # torchvision's ImageNet weights: cached, or imagenet to download; a file; none
     norm: Literal["frozen", "batch"] = "frozen"  # backbone's batch norm: stored statistics, or learned from scratch
-    dcn_stages: tuple[int, ...] = ()  # backbone stages 2..5 (C2..C5) whose 3x3 become modulated deformable
-    dcn_groups: int = 1  # offset groups of those
-    dcn_tower: bool = False  # the last convolution of both towers becomes modulated deformable
-    frozen_stages: int = 2  # 0: none, 1: stem, 2: stem and C2, ... 5: everything
     channels: int = 256  # of pyramid and head
     weights: str = ""  # start from this model's weights (a checkpoint of the same method)
     # schedule
@@ -82,10 +78,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"set exactly one of steps and epochs, got steps {self.steps} and epochs {self.epochs}")
-        self._check_least(
-            1, "batch_size", "short_side", "long_side", "channels", "save_every", "log_every", "dcn_groups"
-        )
-        self._check_least(1, "paper_batch_size")
+        self._check_least(1, "batch_size", "channels", "save_every", "log_every", "paper_batch_size")
         self._check_least(
             0, "workers", "eval_every", "picture_every", "warmup_steps", "warmup_factor", "lr_decay", "momentum"
         )
@@ -96,6 +89,76 @@ class TrainConfig:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.epochs is not None and not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, got {self.epochs}")
+        if list(self.milestones) != sorted(self.milestones) or not all(0 < m <= 1 for m in self.milestones):
+            raise ValueError(f"milestones must be rising fractions of the run in (0, 1], got {self.milestones}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number of 64 bits, got {self.seed}")
+        if self.steps is not None and self.steps > 10**9:
+            raise ValueError(f"steps must be at most 10**9, got {self.steps}")
+
+    def _check_least(self, least: int, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: `lr`, or the paper's scaled by the batch (Goyal et al. 2017, linear scaling)."""
+        return self.lr if self.lr is not None else self.paper_lr * self.batch_size / self.paper_batch_size
+
+    @property
+    @abstractmethod
+    def resize_rule(self) -> ResizeRule:
+        """How an image gets its size in the network's input."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> tuple[int, int]:
+        """Short side of an image at test and the limit of its long side, pixels; of a square twice its side."""
+
+    @property
+    def short_sides(self) -> tuple[int, int]:
+        """Smallest and largest short side that training draws, pixels."""
+        return self.scale[0], self.scale[0]
+
+    @property
+    def box_geometry(self) -> Geometry:
+        """The constants of the box convention."""
+        return MODERN
+
+    @property
+    def switches(self) -> Profile:
+        """The switches in which the published implementations differ."""
+        return PROFILES["ours"]
+
+    @property
+    def conventions(self) -> dict[str, str]:
+        """What weights of this configuration fit besides its shapes; every checkpoint repeats it beside them."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidConfig(TrainConfig):
+    """What the detectors on ResNet and a pyramid P3 to P7 have in common: images that keep the ratio of their sides."""
+
+    # data
+    short_side: int = 800  # pixels; an image's short side is resized to it ...
+    long_side: int = 1333  # ... unless its long side would exceed this
+    short_side_min: int = 0  # multi-scale training draws short sides from here to short_side; 0: always short_side
+    # model
+    geometry: GeometryName = "modern"  # box convention, see core/geometry.py
+    profile: ProfileName = "ours"  # whose implementation to follow, see core/profiles.py
+    backbone: BackboneName = "resnet50"  # network below the pyramid
+    dcn_stages: tuple[int, ...] = ()  # backbone stages 2..5 (C2..C5) whose 3x3 become modulated deformable
+    dcn_groups: int = 1  # offset groups of those
+    dcn_tower: bool = False  # the last convolution of both towers becomes modulated deformable
+    frozen_stages: int = 2  # 0: none, 1: stem, 2: stem and C2, ... 5: everything
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(1, "short_side", "long_side", "dcn_groups")
         if self.short_side > self.long_side:
             raise ValueError(f"short_side {self.short_side} is larger than long_side {self.long_side}")
         if not 0 <= self.short_side_min <= self.short_side:
@@ -111,33 +174,30 @@ class TrainConfig:
                 f"norm batch trains every stage of a backbone of profile ours or mmdet, got frozen_stages"
                 f" {self.frozen_stages} and profile {self.profile}"
             )
-        if not set(self.dcn_stages) <= {2, 3, 4, 5}:
-            raise ValueError(f"dcn_stages must be among 2, 3, 4, 5, got {self.dcn_stages}")
-        if list(self.milestones) != sorted(self.milestones) or not all(0 < m <= 1 for m in self.milestones):
-            raise ValueError(f"milestones must be rising fractions of the run in (0, 1], got {self.milestones}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number of 64 bits, got {self.seed}")
-        if self.steps is not None and self.steps > 10**9:
-            raise ValueError(f"steps must be at most 10**9, got {self.steps}")
         if self.norm == "batch" and self.short_side < 64:
             raise ValueError(f"norm batch needs a short_side of 64 or more, got {self.short_side}")
+        if not set(self.dcn_stages) <= {2, 3, 4, 5}:
+            raise ValueError(f"dcn_stages must be among 2, 3, 4, 5, got {self.dcn_stages}")
         if self.backbone_weights == "none" and self.frozen_stages and not self.weights:
             raise ValueError(
                 f"backbone_weights none means random stages, which must learn: set frozen_stages 0 (and norm batch), "
                 f"got {self.frozen_stages}"
             )
 
-    def _check_least(self, least: int, *names: str) -> None:
-        for name in names:
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+    @property
+    def resize_rule(self) -> ResizeRule:
+        """`truncate` in the authors' profile."""
+        return "truncate" if self.switches.truncate_resized else "round"
 
     @property
-    def learning_rate(self) -> float:
-        """The peak learning rate: `lr`, or the paper's scaled by the batch (Goyal et al. 2017, linear scaling)."""
-        return self.lr if self.lr is not None else self.paper_lr * self.batch_size / self.paper_batch_size
+    def scale(self) -> tuple[int, int]:
+        """`short_side` and `long_side`."""
+        return self.short_side, self.long_side
+
+    @property
+    def short_sides(self) -> tuple[int, int]:
+        """`short_side_min`, where it is set, to `short_side`."""
+        return self.short_side_min or self.short_side, self.short_side
 
     @property
     def box_geometry(self) -> Geometry:
@@ -148,6 +208,11 @@ class TrainConfig:
     def switches(self) -> Profile:
         """The shared switches of `profile`."""
         return PROFILES[self.profile]
+
+    @property
+    def conventions(self) -> dict[str, str]:
+        """`profile` and `geometry`."""
+        return {"profile": self.profile, "geometry": self.geometry}
 
 
 def total_steps(config: TrainConfig, images: int) -> int:

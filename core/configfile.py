@@ -34,7 +34,10 @@ class FieldInfo(NamedTuple):
 
 
 def describe_fields(cls: type[TrainConfig]) -> tuple[FieldInfo, ...]:
-    """All fields of a config class in order, with the comments of the first class that says something about them."""
+    """All fields of a config class, each with the comment of the first class that says something about it.
+
+    In order, but for a section that a subclass goes on with: its fields join those that the base class wrote down.
+    """
     hints = get_type_hints(cls)
     sections: dict[str, str] = {}
     meanings: dict[str, str] = {}
@@ -42,10 +45,12 @@ def describe_fields(cls: type[TrainConfig]) -> tuple[FieldInfo, ...]:
         for name, (section, meaning) in _field_comments(base).items():
             sections.setdefault(name, section)
             meanings[name] = meanings.get(name) or meaning  # a method's comment may speak of its default only
-    return tuple(
+    fields = [
         FieldInfo(f.name, hints[f.name], sections.get(f.name, ""), meanings.get(f.name, ""))
         for f in dataclasses.fields(cls)
-    )
+    ]
+    order = list(dict.fromkeys(field.section for field in fields))
+    return tuple(sorted(fields, key=lambda field: order.index(field.section)))
 
 
 def _field_comments(cls: type) -> dict[str, tuple[str, str]]:

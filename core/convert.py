@@ -20,7 +20,7 @@ from torchvision.models.resnet import Bottleneck
 from core import checkpoint, released
 from core.anchors import STRIDES, level_anchors
 from core.backbone import ARCHITECTURES
-from core.config import BackboneName, TrainConfig
+from core.config import BackboneName, PyramidConfig, TrainConfig
 from core.configfile import config_from_values
 from core.data.coco import COCO_CATEGORIES
 from core.data.table import Category
@@ -35,8 +35,9 @@ FULL_MASK = 50.0  # mask logit of a deformable convolution without masks: its si
 COCO_NOTE = "COCO's annotations are CC BY 4.0, its images have each their own Flickr licence"
 
 Config = TypeVar("Config", bound=TrainConfig)
+Pyramid = TypeVar("Pyramid", bound=PyramidConfig)
 BuildModel = Callable[[Any, int], nn.Module]  # (config, number of classes)
-Configure = Callable[[Layout, str | None], Config]  # (what a source's names say, --detector)
+Configure = Callable[[Layout, str | None], Pyramid]  # (what a source's names say, --detector)
 
 
 class Weights(NamedTuple):
@@ -61,8 +62,8 @@ class Described(NamedTuple):
 def convert(
     arguments: argparse.Namespace,
     method: str,
-    config_type: type[Config],
-    configure: Configure[Config],
+    config_type: type[Pyramid],
+    configure: Configure[Pyramid],
     build: BuildModel,
     names: HeadNames = NO_NAMES,
 ) -> None:
@@ -139,7 +140,7 @@ def read_own(arguments: argparse.Namespace, method: str, config_type: type[Confi
 
 
 def read_foreign(
-    arguments: argparse.Namespace, method: str, configure: Configure[Config], names: HeadNames = NO_NAMES
+    arguments: argparse.Namespace, method: str, configure: Configure[Pyramid], names: HeadNames = NO_NAMES
 ) -> Described:
     """A checkpoint of the authors' code or of MMDetection. Arguments as of `convert`.
 
@@ -174,8 +175,7 @@ def _facts(
         "method": method,
         "config": dataclasses.asdict(config),
         "categories": [list(category) for category in categories],
-        "geometry": config.geometry,
-        "profile": config.profile,
+        **config.conventions,
         "licence": licence,
         "provenance": provenance,
     }

@@ -41,8 +41,7 @@ def describe_run(method: str, data: DataSource, config: TrainConfig) -> dict[str
     return {
         "method": method,
         "categories": [[category.id, category.name] for category in data.categories],
-        "geometry": config.geometry,
-        "profile": config.profile,
+        **config.conventions,
         "data": data.name,
         "data_fingerprint": data.fingerprint,
         "licence": data.licence,
@@ -84,7 +83,11 @@ def ground_truth(table: Table) -> GroundTruth:
     Reading drops a few boxes that cannot be targets (`core.data.parse`). Where that happened the file is read again:
     official numbers count them. A VOC folder's are left out.
     """
-    return read_ground_truth(Path(table.source)) if table.notes and table.protocol == "coco" else ground_truth_from_table(table)
+    return (
+        read_ground_truth(Path(table.source))
+        if table.notes and table.protocol == "coco"
+        else ground_truth_from_table(table)
+    )
 
 
 @torch.no_grad()

@@ -158,8 +158,8 @@ def image_path(table: Table, row: int) -> str:
 
 def image_batch(table: Table, row: int, config: TrainConfig) -> Batch:
     """One image with its objects as evaluation sees it, a batch of one."""
-    scale = config.short_side, config.long_side
-    return make_batch(table, config, eval_plans(table, config, np.array([row]), scale, 1)[0], slice(None))
+    (plan,) = eval_plans(table, config, np.array([row]), config.scale, 1)
+    return make_batch(table, config, plan, slice(None))
 
 
 @torch.no_grad()

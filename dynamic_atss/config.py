@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.profiles import PROFILES, Profile
 from dynamic_atss.profiles import HOST_PROFILES, HostProfile
 
@@ -11,7 +11,7 @@ Host = Literal["atss", "gfl", "gflv2", "vfnet"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
+class Config(PyramidConfig):
     """The paper's best ATSS: Combined IoUs, quality focal loss, IoU branch, 90,000 steps of 16 images."""
 
     steps: int | None = 90_000

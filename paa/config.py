@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from paa.profiles import ATSS_PROFILES, PAA_PROFILES, PaaProfile, Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
+class Config(PyramidConfig):
     """PAA with ResNet-50. Defaults are the paper's ablation run: 135,000 steps of 16 images."""
 
     steps: int | None = 135_000

@@ -27,7 +27,8 @@ LIGHT = (  # import neither torch nor numpy, so that --help and mistakes in flag
     "core.profiles",
     "core.published",
     "core.report",
-    *(f"{method}{part}" for method in sorted(METHODS) for part in ("", ".config", ".profiles", ".report")),
+    *(f"{method}{part}" for method in sorted(METHODS) for part in ("", ".config", ".report")),
+    *(f"{path.parent.name}.profiles" for path in sorted(ROOT.glob("*/profiles.py"))),
 )
 MACHINE_PATH = re.compile(r"(?<![\w.}])/(work|opt|root|home|Users|mnt)/")
 LEFTOVER = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X|HA" r"CK)\b")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.data.sampler import training_sampler
 from core.data.sources import open_data
 from tests.runs import METHODS, TINY, call, read_checkpoint, read_log, run
@@ -18,7 +18,7 @@ def write_half_empty(folder: Path) -> None:
     """Drawn images of which those that the second of two ranks gets in the first steps have lost their boxes."""
     run("core.data", "shapes", str(folder), "--train", "8", "--val", "2", "--test", "1")
     table = open_data(str(folder)).train
-    config = TrainConfig(steps=STEPS, batch_size=2, empty_images="keep")
+    config = PyramidConfig(steps=STEPS, batch_size=2, empty_images="keep")
     emptied = {
         int(table.image_ids[training_sampler(table, config).batch(step).images[1]]) for step in range(1, STEPS + 1)
     }

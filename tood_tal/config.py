@@ -3,13 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.profiles import PROFILES, Profile
 from tood_tal.profiles import TOOD_PROFILES, TOODProfile
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
+class Config(PyramidConfig):
     """TOOD with ResNet-50, anchor-free: 12 epochs of 16 images (the paper's section 4)."""
 
     epochs: float | None = 12.0

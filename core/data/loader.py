@@ -19,8 +19,8 @@ from core.data.transforms import (
     clip_boxes,
     corner_boxes,
     flip_boxes,
+    network_sizes,
     resize,
-    resized_sizes,
     scale_boxes,
     usable_boxes,
 )
@@ -69,14 +69,13 @@ def eval_batches(
 
     Args:
         table: all its images are used, also those without boxes.
-        config: short and long side, workers.
+        config: how images are resized, workers.
         rank: this process.
         world_size: number of processes.
         batch_size: images of a batch; default the rank's share of config.batch_size, or 1 with config.deterministic.
     """
-    scale = config.short_side, config.long_side
     rows, count = np.arange(len(table)), batch_size or _eval_batch_size(config, world_size)
-    plans = eval_plans(table, config, rows, scale, count)[rank::world_size]
+    plans = eval_plans(table, config, rows, config.scale, count)[rank::world_size]
     return _load(partial(_eval_batch, table, config, plans), range(len(plans)), config)
 
 
@@ -111,13 +110,13 @@ def eval_plans(
 
     Args:
         table: whose rows they are.
-        config: rounding of sizes.
+        config: how images are resized.
         images: rows of the table.
         scale: short side and limit of the long side.
         batch_size: largest number of images of a batch.
     """
     sizes = np.stack([table.heights[images], table.widths[images]], axis=1)
-    resized = resized_sizes(sizes, *scale, config.switches.truncate_resized)
+    resized = network_sizes(sizes, scale, config.resize_rule)
     canvases, group = np.unique(round_up_all(resized), axis=0, return_inverse=True)
     plans = []
     for index in np.argsort(-canvases.prod(axis=1), kind="stable"):
@@ -146,7 +145,7 @@ def make_batch(table: Table, config: TrainConfig, plan: BatchPlan, part: slice) 
     """Reads, resizes, flips and pads the images `part` of a global batch."""
     rows, flips = plan.images[part], plan.flips[part]
     sizes = np.stack([table.heights[rows], table.widths[rows]], axis=1).astype(np.int64)
-    resized = resized_sizes(sizes, plan.short_side, plan.long_side, config.switches.truncate_resized)
+    resized = network_sizes(sizes, (plan.short_side, plan.long_side), config.resize_rule)
     samples = [
         load_sample(table, int(row), (int(size[0]), int(size[1])), bool(flip), config.box_geometry)
         for row, size, flip in zip(rows, resized, flips, strict=True)

@@ -8,7 +8,8 @@ number of batches of an epoch is images / batch_size, rounded up or down by at m
 batch fills it with several passes.
 
 Deviation: orientation and scale are drawn per global batch, the authors draw the scale per image. In exchange there
-are few canvases: one per orientation and 32 px of scale, which bounds the number of shapes to compile.
+are few canvases: one per orientation and 32 px of scale, which bounds the number of shapes to compile. Where every
+image becomes the same square there is one canvas and one group.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from jaxtyping import Bool, Int64, Integer, UInt64
 from core.anchors import SIZE_DIVISOR
 from core.config import TrainConfig
 from core.data.table import Table
-from core.data.transforms import resized_sizes
+from core.data.transforms import network_sizes
 from core.errors import UserError
 
 MIN_SIDE = 1.0  # a training image needs a box with both sides above this many pixels (spec PAA section 8)
@@ -90,18 +91,18 @@ class Sampler:
         images = self._take(group, turn * size, size)
         flips = random_bits(config.seed, FLIPS, index, count=size) >> np.uint64(63) == 1
         short_side = self._short_side(index)
-        return BatchPlan(images, flips, short_side, self.config.long_side, self.canvas(group, short_side))
+        return BatchPlan(images, flips, short_side, config.scale[1], self.canvas(group, short_side))
 
     def canvas(self, group: int, short_side: int) -> tuple[int, int]:
         """The canvas of an orientation and a short side: the same for all short sides of one bucket of 32 px."""
         config = self.config
-        largest = min(round_up(short_side), config.short_side)
-        resized = resized_sizes(self.sizes[group], largest, config.long_side, config.switches.truncate_resized)
+        largest = min(round_up(short_side), config.short_sides[1])
+        resized = network_sizes(self.sizes[group], (largest, config.scale[1]), config.resize_rule)
         height, width = resized.max(axis=0)
         return round_up(int(height)), round_up(int(width))
 
     def _short_side(self, index: int) -> int:
-        low, high = self.config.short_side_min or self.config.short_side, self.config.short_side
+        low, high = self.config.short_sides
         return low + int(random_bits(self.config.seed, SHORT_SIDES, index, count=1)[0] % np.uint64(high - low + 1))
 
     def _batches_before(self, epoch: int) -> list[int]:
@@ -133,7 +134,7 @@ class Sampler:
 def training_sampler(table: Table, config: TrainConfig) -> Sampler:
     """The sampler of a training set. UserError if nothing is left to train on."""
     rows = training_images(table, config.empty_images)
-    portrait = table.heights[rows] > table.widths[rows]
+    portrait = (table.heights[rows] > table.widths[rows]) & (config.resize_rule != "square")
     groups = tuple(group for group in (rows[~portrait], rows[portrait]) if len(group))
     sizes = tuple(np.unique(np.stack([table.heights[group], table.widths[group]], axis=1), axis=0) for group in groups)
     return Sampler(groups, sizes, config)

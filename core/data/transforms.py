@@ -4,15 +4,31 @@ Sizes are (height, width) in pixels. Boxes in files are `xywh`; from `corner_box
 """
 
 import numpy as np
-from jaxtyping import Bool, Float64, Integer, UInt8
+from jaxtyping import Bool, Float64, Int64, Integer, UInt8
 from PIL import Image
 
+from core.config import ResizeRule
 from core.geometry import Geometry
+
+
+def network_sizes(
+    sizes: Integer[np.ndarray, "n 2"], scale: tuple[int, int], rule: ResizeRule
+) -> Int64[np.ndarray, "n 2"]:
+    """Sizes that images get in the network's input.
+
+    Args:
+        sizes: height and width, at least 1.
+        scale: short side and limit of the long side, pixels; `square` makes both sides the first.
+        rule: see `core.config.ResizeRule`.
+    """
+    if rule == "square":
+        return np.full(sizes.shape, scale[0], np.int64)
+    return resized_sizes(sizes, *scale, truncate=rule == "truncate")
 
 
 def resized_sizes(
     sizes: Integer[np.ndarray, "n 2"], short_side: int, long_side: int, truncate: bool = False
-) -> Integer[np.ndarray, "n 2"]:
+) -> Int64[np.ndarray, "n 2"]:
     """Sizes after resizing the short side to `short_side`, or less where the long side would exceed `long_side`.
 
     640 x 480 (width x height) at 800/1333 becomes 1067 x 800, with `truncate` 1066 x 800 (spec PAA section 13,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from core.backbone import build_backbone
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.fpn import FPN
 from core.heads import HeadOutputs, ParallelHead
 from core.pixels import normalize_pixels
@@ -13,7 +13,7 @@ from core.pixels import normalize_pixels
 class Detector(nn.Module):
     """ATSS and PAA without their losses."""
 
-    def __init__(self, config: TrainConfig, num_classes: int = 80) -> None:
+    def __init__(self, config: PyramidConfig, num_classes: int = 80) -> None:
         super().__init__()
         self.caffe2 = config.switches.caffe2_backbone
         self.backbone = build_backbone(config)
@@ -27,7 +27,7 @@ class Detector(nn.Module):
         return self.head(self.fpn(self.backbone(normalize_pixels(images, sizes, self.caffe2))))
 
 
-def meta_detector(config: TrainConfig) -> Detector:
+def meta_detector(config: PyramidConfig) -> Detector:
     """A detector without memory: enough to count."""
     with torch.device("meta"):
         return Detector(config)

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from core.backbone import ARCHITECTURES, ResNetBackbone, build_backbone, load_backbone_weights
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.errors import UserError
 from core.layers import DeformConv, FrozenBatchNorm
 from tests.core.detector import Detector, count, meta_detector
 
 
-def config(**fields: Any) -> TrainConfig:
+def config(**fields: Any) -> PyramidConfig:
     values: dict[str, Any] = {"steps": 1, "backbone": "resnet18"} | fields
-    return TrainConfig(**values)
+    return PyramidConfig(**values)
 
 
 def meta_backbone(**fields: Any) -> ResNetBackbone:

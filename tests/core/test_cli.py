@@ -11,14 +11,14 @@ from typing import Any, Literal
 import pytest
 
 from core import cli
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
+class Config(PyramidConfig):
     """A method of its own."""
 
     steps: int | None = 100
@@ -182,8 +182,8 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_imports_no_torch() -> None:
     code = (
-        "import sys; from core import cli; from core.config import TrainConfig\n"
-        "try: cli.parse_config({'a': TrainConfig(steps=1)}, 'toy', 'x', sys.argv[1:])\n"
+        "import sys; from core import cli; from core.config import PyramidConfig\n"
+        "try: cli.parse_config({'a': PyramidConfig(steps=1)}, 'toy', 'x', sys.argv[1:])\n"
         "except SystemExit: print(sorted({'torch', 'numpy'} & set(sys.modules)))\n"
     )
     for flag in ("--help", "--stepz", "--dry-run"):

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from core.complexity import describe, measure, model_complexity
+from core.config import PyramidConfig, TrainConfig
 from core.layers import DeformConv
 from paa.config import PRESETS
 from paa.model import PAA
+from tests.core.square import SquareConfig
 
 
 class OneLayer(nn.Module):
@@ -61,3 +63,11 @@ def test_works_without_memory() -> None:
     with torch.device("meta"):
         model = PAA(PRESETS["x152_32x8d_dcn_2x_ms"], 80)
     assert measure(model.eval(), (64, 64)).multiply_adds > 0
+
+
+def test_the_image_that_is_counted_follows_the_resize_rule() -> None:
+    def pixels(config: TrainConfig, classes: int) -> nn.Module:
+        return OneLayer(nn.Conv2d(3, classes, 1))
+
+    assert model_complexity(SquareConfig(steps=1, size=384), pixels).canvas == (384, 384)
+    assert model_complexity(PyramidConfig(steps=1, short_side=192, long_side=320), pixels).canvas == (192, 320)

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from core.config import TrainConfig, total_steps
+from core.config import PyramidConfig, total_steps
 from core.configfile import convert, describe_fields, read_yaml, to_yaml
 from core.errors import UserError
 
-CONFIG = TrainConfig(steps=10)
+CONFIG = PyramidConfig(steps=10)
 
 
 def read(tmp_path: Path, text: str) -> dict[str, Any]:
     (tmp_path / "c.yaml").write_text(text)
-    return read_yaml(tmp_path / "c.yaml", TrainConfig)
+    return read_yaml(tmp_path / "c.yaml", PyramidConfig)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def read(tmp_path: Path, text: str) -> dict[str, Any]:
 def test_yaml_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = replace(CONFIG, **changes)
     values = read(tmp_path, to_yaml(config))
-    assert TrainConfig(**values) == config
+    assert PyramidConfig(**values) == config
     assert values == asdict(config)
 
 
@@ -75,12 +75,12 @@ def test_bad_files_are_one_line(tmp_path: Path, text: str, message: str) -> None
 
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such configuration file"):
-        read_yaml(tmp_path / "absent.yaml", TrainConfig)
+        read_yaml(tmp_path / "absent.yaml", PyramidConfig)
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        read_yaml(tmp_path, TrainConfig)
+        read_yaml(tmp_path, PyramidConfig)
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(UserError, match="not a YAML file"):
-        read_yaml(tmp_path / "b.yaml", TrainConfig)
+        read_yaml(tmp_path / "b.yaml", PyramidConfig)
 
 
 def test_convert_by_hand() -> None:
@@ -93,10 +93,20 @@ def test_convert_by_hand() -> None:
 
 
 def test_fields_have_sections_and_meanings() -> None:
-    fields = {field.name: field for field in describe_fields(TrainConfig)}
+    fields = {field.name: field for field in describe_fields(PyramidConfig)}
     assert fields["data"].section == "data"
     assert fields["workers"].section == "hardware"
     assert fields["batch_size"].meaning == "images over all ranks"
+
+
+def test_a_section_is_in_one_piece() -> None:
+    fields = describe_fields(PyramidConfig)
+    sections = [field.section for field in fields]
+    assert list(dict.fromkeys(sections)) == ["data", "model", "schedule", "optimiser", "run", "hardware"]
+    assert sections == sorted(sections, key=list(dict.fromkeys(sections)).index)
+    data = [field.name for field in fields if field.section == "data"]
+    assert data[0] == "data"  # the base's come first ...
+    assert data[-3:] == ["short_side", "long_side", "short_side_min"]  # ... and its own join them
 
 
 @pytest.mark.parametrize(
@@ -127,5 +137,5 @@ def test_derived_values_by_hand() -> None:
     assert replace(CONFIG, batch_size=8).learning_rate == 0.005  # 0.01 * 8 / 16
     assert replace(CONFIG, batch_size=8, lr=0.02).learning_rate == 0.02
     assert total_steps(CONFIG, 1000) == 10
-    assert total_steps(TrainConfig(epochs=12.0), 117_266) == 87_950  # 12 * 117266 / 16 = 87949.5
-    assert total_steps(TrainConfig(epochs=0.01), 10) == 1
+    assert total_steps(PyramidConfig(epochs=12.0), 117_266) == 87_950  # 12 * 117266 / 16 = 87949.5
+    assert total_steps(PyramidConfig(epochs=0.01), 10) == 1

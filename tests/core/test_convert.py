@@ -17,7 +17,7 @@ from torchvision.ops import deform_conv2d
 
 from core import checkpoint, released
 from core.backbone import build_backbone, load_backbone_weights
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.convert import (
     Weights,
     choose_categories,
@@ -503,7 +503,7 @@ def detectron_blobs(backbone: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def test_detectron_pickle(tmp_path: Path) -> None:
-    config = TrainConfig(steps=1, backbone="resnet18", profile="official", geometry="legacy")
+    config = PyramidConfig(steps=1, backbone="resnet18", profile="official", geometry="legacy")
     torch.manual_seed(0)
     source, target = build_backbone(config), build_backbone(config)
     for name, tensor in source.state_dict().items():
@@ -530,4 +530,4 @@ def test_detectron_pickle(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 missing keys, first layer4.1.conv2.weight"):
         load_backbone_weights(target, str(path), config)
     with pytest.raises(UserError, match=r"Detectron's weights need --profile official, got ours"):
-        load_backbone_weights(target, str(path), TrainConfig(steps=1, backbone="resnet18"))
+        load_backbone_weights(target, str(path), PyramidConfig(steps=1, backbone="resnet18"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.layouts import from_mmdet
 from core.types import Detections
 from tests.conftest import GOLDEN
@@ -29,7 +29,7 @@ def golden(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.mark.parametrize("profile", ["ours", "mmdet"])
 def test_parameter_counts(golden: dict[str, Any], profile: Any) -> None:
-    model = meta_detector(TrainConfig(steps=1, profile=profile))
+    model = meta_detector(PyramidConfig(steps=1, profile=profile))
     assert count(model) == golden["num_parameters"]
     assert count(model, trainable=True) == golden["num_trainable"]
     for name, part in {"backbone": model.backbone, "neck": model.fpn, "head": model.head}.items():
@@ -64,7 +64,7 @@ def head_maps(arrays: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]]) -
 @torch.no_grad()
 def test_names_and_activations(golden: dict[str, Any]) -> None:
     with torch.device("meta"):
-        model = Detector(TrainConfig(steps=1, profile="mmdet"))
+        model = Detector(PyramidConfig(steps=1, profile="mmdet"))
     state = {}
     for key, shape, _ in golden["state_dict"]:
         name = from_mmdet(key)

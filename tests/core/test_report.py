@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from core import checkpoint
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.configfile import to_yaml
 from core.errors import UserError
 from core.evaluator import DetectionArrays, read_detections
@@ -36,7 +36,7 @@ from core.submission import best_of_images, write_submission
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
+class Config(PyramidConfig):
     """A method with one field of its own."""
 
     steps: int | None = 90_000

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import core.train
 from core import checkpoint
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.data.loader import _load
 from core.errors import UserError
 from core.runlog import MACHINE_FIELDS, read_log
@@ -131,21 +131,21 @@ def fit_toy(
 
 
 def test_lr_of_the_papers_run_by_hand() -> None:
-    config = TrainConfig(steps=90_000)  # base 0.01, constant warm-up 1/3 for 500, milestones at 60k and 80k
+    config = PyramidConfig(steps=90_000)  # base 0.01, constant warm-up 1/3 for 500, milestones at 60k and 80k
     expected = {0: 0.01 / 3, 499: 0.01 / 3, 500: 0.01, 59_999: 0.01, 60_000: 0.001, 79_999: 0.001, 80_000: 0.0001}
     for step, lr in expected.items():
         assert lr_at(step, 90_000, config) == pytest.approx(lr, rel=1e-12), step
 
 
 def test_linear_warmup_by_hand() -> None:
-    config = TrainConfig(steps=100_000, warmup="linear", warmup_factor=0.1, warmup_steps=500, lr=1.0)
+    config = PyramidConfig(steps=100_000, warmup="linear", warmup_factor=0.1, warmup_steps=500, lr=1.0)
     # step 250 is half-way: 0.1 + 0.9 / 2
     for step, lr in {0: 0.1, 250: 0.55, 500: 1.0}.items():
         assert lr_at(step, 100_000, config) == pytest.approx(lr, rel=1e-12)
 
 
 def test_short_runs_keep_the_schedules_shape() -> None:
-    config = TrainConfig(steps=240, lr=1.0)  # warm-up a tenth: 24; drops at 160 and 213.3 -> 213
+    config = PyramidConfig(steps=240, lr=1.0)  # warm-up a tenth: 24; drops at 160 and 213.3 -> 213
     rates = [lr_at(step, 240, config) for step in range(240)]
     assert [rates.count(rate) for rate in sorted(set(rates))] == [27, 53, 24, 136]  # 0.01, 0.1, 1/3, 1
     assert rates[23] == pytest.approx(1 / 3)
@@ -156,7 +156,7 @@ def test_short_runs_keep_the_schedules_shape() -> None:
 def test_biases_have_their_own_rate_and_decay() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
     model[1].weight.requires_grad_(False)
-    config = TrainConfig(steps=10, lr=0.01, bias_lr_factor=2.0, bias_weight_decay=0.0)
+    config = PyramidConfig(steps=10, lr=0.01, bias_lr_factor=2.0, bias_weight_decay=0.0)
     optimizer = build_optimizer(model, config)
     set_lr(optimizer, 0.01)
     weights, biases = optimizer.param_groups
@@ -168,7 +168,7 @@ def test_biases_have_their_own_rate_and_decay() -> None:
 def test_update_by_hand() -> None:
     layer = nn.Linear(1, 1, bias=False)
     nn.init.constant_(layer.weight, 2.0)
-    optimizer = build_optimizer(layer, TrainConfig(steps=10, lr=0.1, weight_decay=0.5))
+    optimizer = build_optimizer(layer, PyramidConfig(steps=10, lr=0.1, weight_decay=0.5))
     for _ in range(2):
         layer.weight.grad = torch.tensor([[1.0]])
         optimizer.step()
@@ -188,7 +188,7 @@ def test_clipping_by_hand() -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_nonfinite_update_does_nothing(memory_format: torch.memory_format) -> None:
     layer = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
-    optimizer = build_optimizer(layer, TrainConfig(steps=10, lr=0.1))
+    optimizer = build_optimizer(layer, PyramidConfig(steps=10, lr=0.1))
     guard = Guard(torch.full((), NEVER), {})
 
     def update(step: int, scale: float) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from core.boxes import box_iou
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.data.sources import open_data
 from core.data.table import Table
 from core.geometry import LEGACY, MODERN, Geometry, GeometryName
@@ -369,8 +369,8 @@ def rectangles(tmp_path_factory: pytest.TempPathFactory) -> Table:
     return open_data(str(folder / "d.yaml")).val
 
 
-def config_of(geometry: GeometryName, batch_size: int = 2) -> TrainConfig:
-    return TrainConfig(
+def config_of(geometry: GeometryName, batch_size: int = 2) -> PyramidConfig:
+    return PyramidConfig(
         steps=1, batch_size=batch_size, short_side=48, long_side=90, workers=0, device="cpu", geometry=geometry
     )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.data.table import Table, pack_names
 from core.decisions import Decision, level_maps
 from core.errors import UserError
@@ -16,7 +16,7 @@ from core.shapes import CATEGORIES, shapes_table
 from core.types import Targets
 from core.visualize import Shown, explain_image, image_batch, named_rows, record, run_pictures, to_file_pixels
 
-CONFIG = TrainConfig(steps=1, short_side=64, long_side=96, data="shapes", device="cpu")
+CONFIG = PyramidConfig(steps=1, short_side=64, long_side=96, data="shapes", device="cpu")
 
 
 def table(*names: str) -> Table:
@@ -25,7 +25,7 @@ def table(*names: str) -> Table:
     return dataclasses.replace(drawn, name_offsets=offsets, name_bytes=text, image_ids=np.arange(len(names)) + 40)
 
 
-def everything(outputs: torch.Tensor, targets: Targets, config: TrainConfig) -> list[list[Decision]]:
+def everything(outputs: torch.Tensor, targets: Targets, config: PyramidConfig) -> list[list[Decision]]:
     """One positive anchor for each object, with the object's own box."""
     return [
         [

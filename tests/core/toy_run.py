@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from core import cli, distributed
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.train import fit, seed_everything
 from core.types import Batch, Targets
 
@@ -23,7 +23,7 @@ STEPS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToyConfig(TrainConfig):
+class ToyConfig(PyramidConfig):
     """A run of seconds."""
 
     steps: int | None = STEPS

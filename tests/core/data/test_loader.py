@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.data.loader import eval_batches, padded_count, scaled_batches, train_batches
 from core.data.sampler import training_sampler
 from core.data.sources import open_data
@@ -17,8 +17,9 @@ from core.data.table import Table
 from core.errors import UserError
 from core.shapes import shapes_table
 from core.types import Batch
+from tests.core.square import SquareConfig
 
-CONFIG = TrainConfig(
+CONFIG = PyramidConfig(
     data="shapes", steps=6, batch_size=4, short_side=64, short_side_min=48, long_side=100, workers=0, device="cpu"
 )
 
@@ -36,7 +37,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
             assert torch.equal(x, y), name
 
 
-def batches(table: Table, config: TrainConfig = CONFIG, start: int = 0, **ranks: int) -> list[Batch]:
+def batches(table: Table, config: PyramidConfig = CONFIG, start: int = 0, **ranks: int) -> list[Batch]:
     return list(train_batches(table, config, start=start, steps=6, **ranks))
 
 
@@ -189,6 +190,21 @@ def test_an_unreadable_image_is_one_line(folder: Path, workers: int) -> None:
     Image.new("RGB", (9, 9)).save(folder / "val2017/a.png")
     with pytest.raises(UserError, match=r"a.png: is 9x9 pixels .* says 64x48"):
         list(eval_batches(open_data(str(folder)).val, config))
+
+
+def test_squares(drawn: Table) -> None:
+    config = SquareConfig(steps=3, batch_size=4, workers=0, device="cpu")
+    found = [*train_batches(drawn, config, start=0, steps=3), *eval_batches(drawn, config)]
+    assert {tuple(batch.images.shape[-2:]) for batch in found} == {(64, 64)}
+    assert rows(eval_batches(drawn, config)) == list(range(1, 11))  # one canvas: in the table's order
+    for batch in found:
+        assert (batch.sizes == 64).all()
+        for number, boxes, valid in zip(batch.image_ids.tolist(), batch.boxes, batch.valid, strict=True):
+            row = number - 1
+            w, h = drawn.boxes_xywh[drawn.box_slice(row), 2:].T
+            # each axis has its own ratio, so a box has the same share of the image as before
+            expected = np.stack([w / drawn.widths[row], h / drawn.heights[row]], axis=1)
+            assert np.allclose((boxes[valid][:, 2:] - boxes[valid][:, :2]).numpy() / 64, expected, atol=1e-6)
 
 
 def test_coco_mini(shared: Path) -> None:

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.data.sampler import permutation, random_bits, training_images, training_sampler
 from core.data.table import Category, NoImages, Table
 from core.data.transforms import resized_sizes
 from core.errors import UserError
 from core.profiles import ProfileName
+from tests.core.square import SquareConfig
 
-CONFIG = TrainConfig(data="test", steps=1, batch_size=4, short_side=96, long_side=160)
+CONFIG = PyramidConfig(data="test", steps=1, batch_size=4, short_side=96, long_side=160)
 
 
 def make_table(sizes: list[tuple[int, int]], boxes: list[list[float]] | None = None, **changes: Any) -> Table:
@@ -39,7 +40,7 @@ def make_table(sizes: list[tuple[int, int]], boxes: list[list[float]] | None = N
     return Table(categories=(Category(1, "a"),), images=NoImages(), source="test", **(columns | changes))
 
 
-def taken(table: Table, config: TrainConfig, steps: int) -> list[int]:
+def taken(table: Table, config: PyramidConfig, steps: int) -> list[int]:
     sampler = training_sampler(table, config)
     return [int(row) for step in range(1, steps + 1) for row in sampler.batch(step).images]
 
@@ -111,6 +112,18 @@ def test_short_sides_of_one_bucket_share_a_canvas() -> None:
 def test_canvas_is_no_wider_than_the_data() -> None:
     landscape = training_sampler(make_table([(480, 640)] * 4), replace(CONFIG, short_side=800, long_side=1333))
     assert landscape.batch(1).canvas == (800, 1088)  # 1067 rounded up, not 1333 (spec PAA section 13, check 6)
+
+
+def test_squares_have_one_group_and_one_canvas() -> None:
+    table = make_table([(30, 40)] * 9 + [(40, 30)] * 9 + [(30, 300)] * 2)
+    config = SquareConfig(steps=1, batch_size=4, size=70)
+    sampler = training_sampler(table, config)
+    plans = [sampler.batch(step) for step in range(1, 11)]  # two epochs of five batches
+    assert {(plan.short_side, plan.long_side, plan.canvas) for plan in plans} == {(70, 70, (96, 96))}
+    for epoch in (plans[:5], plans[5:]):
+        assert sorted(row for plan in epoch for row in plan.images) == list(range(20))
+    portrait = table.heights > table.widths
+    assert any(len(set(portrait[plan.images])) == 2 for plan in plans)
 
 
 def test_flips_are_fair_and_fixed() -> None:

@@ -8,6 +8,7 @@ from core.data.transforms import (
     clip_boxes,
     corner_boxes,
     flip_boxes,
+    network_sizes,
     resize,
     resized_sizes,
     scale_boxes,
@@ -107,3 +108,11 @@ def test_no_boxes() -> None:
         scale_boxes(clip_boxes(corner_boxes(none, MODERN), (5, 5), MODERN), (5, 5), (9, 9)), 9, MODERN
     ).shape == (0, 4)
     assert usable_boxes(none, np.zeros(0, bool)).shape == (0,)
+
+
+def test_network_sizes_by_rule() -> None:
+    sizes = np.array([[480, 640], [427, 640]])  # long sides of 1066.67 and 1199.06 at 800
+    assert network_sizes(sizes, (800, 1333), "round").tolist() == [[800, 1067], [800, 1199]]
+    assert network_sizes(sizes, (800, 1333), "truncate").tolist() == [[800, 1066], [800, 1199]]
+    assert network_sizes(sizes, (384, 384), "square").tolist() == [[384, 384], [384, 384]]
+    assert network_sizes(sizes[:0], (384, 384), "square").shape == (0, 2)
