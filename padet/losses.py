@@ -117,7 +117,7 @@ def box_loss(
     if targets.boxes.shape[1] == 0:
         return (deltas * 0.0).sum()
     index = assignment.gt_index.clamp(min=0)[..., None].expand(-1, -1, 4)
-    unit = references.new_ones(4).cumsum(0)  # (1, 2, 3, 4): any box with sides, where there is nothing to learn
+    unit = torch.arange(1.0, 5.0, device=deltas.device)  # any box with sides, where there is nothing to learn
     wanted = encode(*(torch.where(positive, boxes, unit) for boxes in (references, targets.boxes.gather(1, index))))
     return F.smooth_l1_loss(torch.where(positive, deltas, wanted), wanted, reduction="sum")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from core.nms import Candidates, best_in_groups
 
 Kernel = Literal["linear", "gaussian"]
-ROUNDS = 16  # between two looks at which classes are done
+ROUNDS = 32  # between two looks at which classes are done
 
 
 def soft_nms(
@@ -34,13 +34,14 @@ def soft_nms(
     members = group_members(images * (labels.amax() + 1) + labels if len(labels) else labels)
     remaining = torch.where(members >= 0, scores[members], 0.0) if len(labels) else scores.new_zeros(0, 0)
     while members.numel():
-        corners = boxes[members].unbind(-1)
+        left, top, right, bottom = corners = boxes[members].unbind(-1)
+        planes = (*corners, (right - left) * (bottom - top))
         for _ in range(min(ROUNDS, members.shape[1])):
             values, picks = remaining.max(dim=1, keepdim=True)
             taken = members.gather(1, picks)[:, 0].clamp(min=0)  # a class that has nothing left takes something for 0
             final.scatter_reduce_(0, taken, values[:, 0], "amax")
             remaining.scatter_(1, picks, 0.0)
-            remaining *= decay(_ious_with(picks, corners), kernel, iou, sigma)
+            remaining *= decay(_ious_with(picks, planes), kernel, iou, sigma)
         best, needed = remaining.amax(dim=1), weakest_of_best(final, images, limit)[images[members[:, 0]]]
         alive = (best > 0) & (best >= needed.clamp(min=floor))
         members, remaining = without_taken(members[alive], remaining[alive])
@@ -66,11 +67,11 @@ def group_members(groups: Int[Tensor, " n"]) -> Int[Tensor, "m k"]:
 
 
 def weakest_of_best(scores: Float[Tensor, " n"], images: Int[Tensor, " n"], limit: int) -> Float[Tensor, " B"]:
-    """The `limit` highest score of every image, 0 where it has fewer."""
-    kept = best_in_groups(scores, images, limit)
-    counts = torch.bincount(images[kept])
-    last = scores[kept][counts.cumsum(0) - 1] if len(kept) else scores.new_zeros(0)
-    return torch.where(counts == limit, last, 0.0)
+    """The score at place `limit` of every image, 0 where fewer are above 0."""
+    above = scores.nonzero()[:, 0]
+    kept = above[best_in_groups(scores[above], images[above], limit)]
+    counts = torch.bincount(images[kept], minlength=int(images.max()) + 1)
+    return torch.where(counts == limit, scores[kept][counts.cumsum(0).clamp(min=1) - 1], 0.0)
 
 
 def without_taken(
@@ -83,12 +84,12 @@ def without_taken(
     return members.gather(1, order), remaining.gather(1, order)
 
 
-def _ious_with(picks: Int[Tensor, "n 1"], corners: tuple[Float[Tensor, "n k"], ...]) -> Float[Tensor, "n k"]:
-    """IoU of every box with the one its row picked, coordinate by coordinate and in place."""
-    left, top, right, bottom = corners
-    x1, y1, x2, y2 = (corner.gather(1, picks) for corner in corners)
+def _ious_with(picks: Int[Tensor, "n 1"], planes: tuple[Float[Tensor, "n k"], ...]) -> Float[Tensor, "n k"]:
+    """IoU of every box with the one its row picked, of corners and areas apart and in place."""
+    left, top, right, bottom, areas = planes
+    x1, y1, x2, y2, area = (plane.gather(1, picks) for plane in planes)
     widths = torch.minimum(right, x2).sub_(torch.maximum(left, x1)).clamp_(min=0)
     heights = torch.minimum(bottom, y2).sub_(torch.maximum(top, y1)).clamp_(min=0)
     intersections = widths.mul_(heights)
-    unions = ((right - left) * (bottom - top)).add_((x2 - x1) * (y2 - y1)).sub_(intersections)
+    unions = (areas + area).sub_(intersections)
     return intersections.div_(unions.clamp_(min=1e-12))

@@ -125,6 +125,7 @@ def test_tables_of_groups() -> None:
     assert group_members(torch.zeros(0, dtype=torch.int64)).shape == (0, 0)
     scores, images = torch.tensor([0.1, 0.5, 0.3, 0.2]), torch.tensor([2, 0, 0, 0])
     assert weakest_of_best(scores, images, 2).tolist() == [pytest.approx(0.3), 0.0, 0.0]
+    assert weakest_of_best(torch.tensor([0.0, 0.5, 0.0]), torch.tensor([0, 0, 1]), 1).tolist() == [0.5, 0.0]
 
 
 def test_large_table_against_the_loop() -> None:
