@@ -180,7 +180,7 @@ def load_backbone_weights(backbone: ResNetBackbone, source: str, config: TrainCo
     prefix = f"backbone_weights {source} for {config.backbone}"
     state = {key: value for key, value in state.items() if not key.startswith("fc.") and not _is_counter(key)}
     wanted = {key: value for key, value in backbone.state_dict().items() if not _is_counter(key)}
-    _check_weights(state, wanted, prefix)
+    check_weights(state, wanted, prefix)
     backbone.load_state_dict(state, strict=False)
 
 
@@ -194,6 +194,15 @@ def imagenet_weights(config: TrainConfig, download: bool) -> dict[str, Tensor]:
         )
     if weights is None:
         raise UserError(f"backbone_weights: torchvision has none for {config.backbone}; give a file or none")
+    return torchvision_weights(weights, download)
+
+
+def torchvision_weights(weights: WeightsEnum, download: bool) -> dict[str, Tensor]:
+    """Published weights from torch's cache folder or, if `download`, their server.
+
+    Raises:
+        UserError: not in the cache and not to be downloaded; no connection, a full disk, a wrong hash.
+    """
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     if not cached.exists() and not download:
         raise UserError(
@@ -264,7 +273,7 @@ def detectron_weights(path: Path, config: TrainConfig) -> dict[str, Tensor]:
     return state
 
 
-def _check_weights(state: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str) -> None:
+def check_weights(state: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str) -> None:
     """Refuse weights of another network, naming the first keys that are missing, unknown, misshapen or not finite."""
     optional = ".offset."  # of deformable convolutions, which ImageNet's networks lack
     missing = [key for key in wanted if key not in state and optional not in key and not _is_counter(key)]
