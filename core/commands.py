@@ -19,7 +19,7 @@ from tqdm import tqdm
 from core import checkpoint, distributed
 from core.anchors import SIZE_DIVISOR
 from core.backbone import load_backbone_weights
-from core.config import TrainConfig, total_steps
+from core.config import TrainConfig, total_steps, with_warmup_steps
 from core.configfile import config_from_values
 from core.data.images import read_image
 from core.data.loader import train_batches
@@ -69,6 +69,7 @@ def train(
     compute_losses: Callable[..., dict[str, torch.Tensor]],
     detect: Detect,
     pictures: Callable[[Config, Table, torch.device], Picture | None],
+    load_weights: Callable[[Any, str, Any], None] = load_backbone_weights,
 ) -> dict[str, float]:
     """One run from data to the best model, in the order in which it happens; returns the best metrics on val.
 
@@ -79,15 +80,17 @@ def train(
         compute_losses: the method's criterion; gets `config=`.
         detect: the method's post-processing; gets `config=`.
         pictures: makes what draws the method's assignment during training, see `core.train.fit`.
+        load_weights: fills the model's backbone from `config.backbone_weights`, see `core.backbone`.
     """
     with distributed.process_group(config.device) as device:
         data = open_data(config.data, config.seed, voc_one_based=config.voc_one_based)
-        steps = total_steps(config, len(training_images(data.train, config.empty_images)))
+        images = len(training_images(data.train, config.empty_images))
+        steps, config = total_steps(config, images), with_warmup_steps(config, images)
         seed_everything(config.seed, deterministic=config.deterministic)
         model: Any = build(config, len(data.categories))
         if not config.weights:
             with distributed.main_first():
-                load_backbone_weights(model.backbone, config.backbone_weights, config)
+                load_weights(model.backbone, config.backbone_weights, config)
         load_start_weights(model, config, method)
         share = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         best = fit(

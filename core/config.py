@@ -5,8 +5,8 @@ its fields become flags (`core.cli`). A value here is the default of the papers'
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from core.geometry import GEOMETRIES, MODERN, Geometry, GeometryName
 from core.profiles import PROFILES, Profile, ProfileName
@@ -24,6 +24,8 @@ BackboneName = Literal[
 # How an image gets its size in the network's input: by its short side, the ratio of the sides kept, and the other side
 # rounded or cut down to whole pixels; or both sides made equal.
 ResizeRule = Literal["round", "truncate", "square"]
+
+ConfigType = TypeVar("ConfigType", bound="TrainConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,8 @@ class TrainConfig(ABC):
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # fractions of the run at which lr drops
     lr_decay: float = 0.1  # factor of each drop
     warmup: Literal["constant", "linear"] = "constant"  # lr starts at warmup_factor * lr, flat or rising
-    warmup_steps: int = 500  # at most a tenth of the run
+    warmup_steps: int = 500  # its length, at most a tenth of the run ...
+    warmup_epochs: float | None = None  # ... or in passes over the training images, which a run turns into warmup_steps
     warmup_factor: float = 1 / 3  # lr's first factor
     # optimiser
     lr: float | None = None  # taken as it is; unset: paper_lr * batch_size / paper_batch_size
@@ -89,6 +92,8 @@ class TrainConfig(ABC):
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.epochs is not None and not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, got {self.epochs}")
+        if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < float("inf"):
+            raise ValueError(f"warmup_epochs must be at least 0, got {self.warmup_epochs}")
         if list(self.milestones) != sorted(self.milestones) or not all(0 < m <= 1 for m in self.milestones):
             raise ValueError(f"milestones must be rising fractions of the run in (0, 1], got {self.milestones}")
         if not 0 <= self.ema < 1:
@@ -221,3 +226,11 @@ def total_steps(config: TrainConfig, images: int) -> int:
         return config.steps
     assert config.epochs is not None
     return max(1, round(config.epochs * images / config.batch_size))
+
+
+def with_warmup_steps(config: ConfigType, images: int) -> ConfigType:
+    """The configuration with `warmup_epochs`, where it is set, as `warmup_steps` of a training set of that many images."""
+    if config.warmup_epochs is None:
+        return config
+    steps = round(config.warmup_epochs * images / config.batch_size)
+    return replace(config, warmup_steps=steps, warmup_epochs=None)
