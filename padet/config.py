@@ -105,8 +105,8 @@ class Config(TrainConfig):
 
     @property
     def scale(self) -> tuple[int, int]:
-        """`size`, and twice that."""
-        return self.size, 2 * self.size
+        """`size` twice."""
+        return self.size, self.size
 
 
 # Batch norm of the backbone learns where 8 images or more share a device, as in the paper's runs; otherwise use

@@ -37,7 +37,7 @@ def compute_losses(outputs: Outputs, targets: Targets, step: int, steps: int, *,
         **count_anchors(final, ""),
     }
     if outputs.offsets:
-        losses["max_offset"] = torch.stack([level.detach().abs().amax() for level in outputs.offsets]).amax()
+        losses["max_offset"] = largest_offsets(outputs.offsets).mean()
     return losses
 
 
@@ -120,6 +120,11 @@ def box_loss(
     unit = torch.arange(1.0, 5.0, device=deltas.device)  # any box with sides, where there is nothing to learn
     wanted = encode(*(torch.where(positive, boxes, unit) for boxes in (references, targets.boxes.gather(1, index))))
     return F.smooth_l1_loss(torch.where(positive, deltas, wanted), wanted, reduction="sum")
+
+
+def largest_offsets(offsets: tuple[Float[Tensor, "B 18 _ _"], ...]) -> Float[Tensor, " B"]:
+    """Each image's largest FAM offset over all levels, in cells: one that runs away samples nothing but zeros."""
+    return torch.stack([level.detach().abs().flatten(1).amax(dim=1) for level in offsets]).amax(dim=0)
 
 
 def count_anchors(assignment: Assignment, suffix: str) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from core.complexity import model_complexity
 from core.errors import UserError
-from padet.config import PRESETS, Config, level_sides
+from padet.config import PRESETS, Config, Fam, level_sides
 from padet.model import PADet, _join, normalize, promoted_anchors
 
 TINY = Config(size=192, backbone="resnet18", norm="batch", channels=32, backbone_weights="none")
@@ -170,3 +170,17 @@ def test_decoder_adds_the_upsampled_level() -> None:
     torch.testing.assert_close(levels[3], decoder.enhance[3](coarse))
     torch.testing.assert_close(levels[2], decoder.enhance[2](third))
     torch.testing.assert_close(levels[4], decoder.enhance[4](nn.functional.max_pool2d(coarse, 2)))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("fam", ["none", "disentangled"])
+def test_whole_network_traces(fam: Fam) -> None:
+    model = tiny(fam=fam).train()
+    batch = images()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(*batch)
+    expected = model(*batch)
+    for part in ("apm_logits", "apm_deltas", "logits", "deltas"):
+        torch.testing.assert_close(getattr(compiled, part), getattr(expected, part), atol=1e-4, rtol=1e-4)
+    assert compiled.anchors.sides == expected.anchors.sides
+    compiled.logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.decoder.parameters())
