@@ -229,7 +229,7 @@ def total_steps(config: TrainConfig, images: int) -> int:
 
 
 def with_warmup_steps(config: ConfigType, images: int) -> ConfigType:
-    """The configuration with `warmup_epochs`, where it is set, as `warmup_steps` of a training set of that many images."""
+    """The configuration whose `warmup_epochs`, where set, have become `warmup_steps`, for that many training images."""
     if config.warmup_epochs is None:
         return config
     steps = round(config.warmup_epochs * images / config.batch_size)
