@@ -105,6 +105,13 @@ def test_own_anchors_by_hand() -> None:
     assert chosen([[0.5, 0.4, 0.0], [0.9, 0.8, 0.0], [0.95, 0.0, 0.0]])[1] == [False, True, True]
 
 
+def test_an_object_displaced_in_the_last_round_has_no_anchor() -> None:
+    # GT2 keeps a1 from GT1, which then takes a0 from GT0, which asks for a1 in round 3 and is turned away
+    anchors, given = chosen([[0.5, 0.1], [0.6, 0.7], [0.0, 0.9]])
+    assert given == [False, True, True]
+    assert anchors[1:] == [0, 1]
+
+
 def test_ties_by_hand() -> None:
     assert chosen([[0.4, 0.4], [0.4, 0.4]]) == ([0, 1], [True, True])  # the first object, the first anchor
     assert chosen([[0.4], [0.4]])[1] == [True, False]
