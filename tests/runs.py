@@ -33,6 +33,18 @@ TINY = (  # a network and images that take milliseconds a step
     *("--log-every", "1", "--device", "cpu"),
 )
 
+SQUARES = ("padet",)  # methods whose network takes squares of a few sizes
+TINY_SQUARE = (
+    *("--preset", "small", "--size", "192", "--channels", "32", "--backbone-weights", "none"),
+    *("--log-every", "1", "--device", "cpu"),
+)
+FROZEN_NORM = {"padet": ("--norm", "frozen", "--block-norm", "frozen")}  # by default each rank has its own statistics
+
+
+def tiny(method: str) -> tuple[str, ...]:
+    """A network and images of that method that take milliseconds a step."""
+    return TINY_SQUARE if method in SQUARES else TINY
+
 
 def command(module: str, *arguments: str, ranks: int = 1) -> list[str]:
     """A module's command line, under torchrun for several ranks."""

@@ -15,7 +15,7 @@ from core.commands import ImageSource, output_names
 from core.errors import UserError
 from core.evaluator import METRICS, evaluate_boxes, read_detections, read_ground_truth
 from core.tta import paper_views
-from tests.runs import METHODS, TINY, call, run
+from tests.runs import METHODS, SQUARES, call, run, tiny
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,16 @@ def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest
     """A method and its checkpoint. A low threshold: an untrained model would find nothing."""
     out = tmp_path_factory.mktemp(request.param) / "run"
     schedule = ("--steps", "2", "--batch-size", "2", "--workers", "0", "--score-threshold", "0.001")
-    call(f"{request.param}.train", "--data", str(data), *TINY, *schedule, "--out", str(out))
+    call(f"{request.param}.train", "--data", str(data), *tiny(request.param), *schedule, "--out", str(out))
     return request.param, out / "best.pt"
+
+
+@pytest.fixture
+def resizable(trained: tuple[str, Path]) -> tuple[str, Path]:
+    """`trained`, if its network takes images of more than one size."""
+    if trained[0] in SQUARES:
+        pytest.skip("takes squares of one size")
+    return trained
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +100,9 @@ def use_views(monkeypatch: pytest.MonkeyPatch, part: slice) -> None:
 
 
 def test_views_change_detections_and_one_view_does_not(
-    trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    resizable: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    method, weights = trained
+    method, weights = resizable
     found = {}
     for name, flags, part in (("plain", (), 0), ("one", ("--tta",), 1), ("four", ("--tta",), 4)):
         use_views(monkeypatch, slice(part))
@@ -109,9 +117,9 @@ def test_views_change_detections_and_one_view_does_not(
 
 
 def test_merged_detections_are_the_same_bytes_for_any_batch_size(
-    trained: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    resizable: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method, weights = trained
+    method, weights = resizable
     use_views(monkeypatch, slice(0, 12, 5))
     written = []
     for size in ("1", "3"):
@@ -121,11 +129,19 @@ def test_merged_detections_are_the_same_bytes_for_any_batch_size(
     assert written[0] == written[1]
 
 
-def test_views_go_to_a_folder_of_their_own(trained: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    method, weights = trained
+def test_views_go_to_a_folder_of_their_own(resizable: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    method, weights = resizable
     use_views(monkeypatch, slice(2))
     call(f"{method}.evaluate", str(weights), "--workers", "0", "--tta")
     assert (weights.parent / "evaluate-val-tta" / "metrics.json").exists()
+
+
+def test_a_network_of_squares_refuses_views(trained: tuple[str, Path]) -> None:
+    method, weights = trained
+    if method not in SQUARES:
+        pytest.skip("takes images of any size")
+    with pytest.raises(UserError, match="takes squares of 192 px only"):
+        call(f"{method}.evaluate", str(weights), "--workers", "0", "--tta")
 
 
 def test_batch_size_moves_detections_by_rounding_only(trained: tuple[str, Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from core.config import PyramidConfig
 from core.data.sampler import training_sampler
 from core.data.sources import open_data
-from tests.runs import METHODS, TINY, call, read_checkpoint, read_log, run
+from tests.runs import FROZEN_NORM, METHODS, call, read_checkpoint, read_log, run, tiny
 
 STEPS = 4
 
@@ -48,7 +48,8 @@ def test_two_processes_equal_one(method: str, tmp_path: Path) -> None:
             "--lr",
             "0.001",
         )
-        arguments = (f"{method}.train", "--data", str(data), *TINY, *schedule, "--out", str(out))
+        network = *tiny(method), *FROZEN_NORM.get(method, ())
+        arguments = (f"{method}.train", "--data", str(data), *network, *schedule, "--out", str(out))
         if ranks == 1:
             call(*arguments)
         else:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import METHODS, ROOT, TINY, call, command, environment, read_checkpoint, read_log, run, tensors_of
+from tests.runs import METHODS, ROOT, call, command, environment, read_checkpoint, read_log, run, tensors_of, tiny
 
 STEPS = 14  # of 2 images from 10: the fifth batch of every epoch ends it, so steps 7 and 12 are in mid-epoch
 SAVE_EVERY = 4
@@ -21,9 +21,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def flags(data: Path, out: Path, workers: int) -> list[str]:
+def flags(method: str, data: Path, out: Path, workers: int) -> list[str]:
     schedule = ["--steps", str(STEPS), "--batch-size", "2", "--save-every", str(SAVE_EVERY), "--eval-every", "7"]
-    return ["--data", str(data), *TINY, *schedule, "--workers", str(workers), "--out", str(out)]
+    return ["--data", str(data), *tiny(method), *schedule, "--workers", str(workers), "--out", str(out)]
 
 
 def kill_after(module: str, arguments: list[str], log: Path, steps: int) -> None:
@@ -41,12 +41,12 @@ def kill_after(module: str, arguments: list[str], log: Path, steps: int) -> None
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_run_resumes_bit_for_bit(method: str, data: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    call(f"{method}.train", *flags(data, whole, workers=0))
+    call(f"{method}.train", *flags(method, data, whole, workers=0))
     expected, rows = read_checkpoint(whole), read_log(whole)
     assert expected["step"] == STEPS
     for workers, stop in ((0, 6), (2, 10)):
         killed = tmp_path / f"killed-{workers}"
-        arguments = flags(data, killed, workers)
+        arguments = flags(method, data, killed, workers)
         kill_after(f"{method}.train", arguments, killed / "log.jsonl", stop)
         assert read_checkpoint(killed)["step"] < STEPS
         call(f"{method}.train", *arguments)
