@@ -88,6 +88,11 @@ def test_floor_and_limit() -> None:
     assert soft_nms(twins, "linear", **{**PAPER, "floor": 0.0}).scores.tolist() == pytest.approx([0.9])
 
 
+def test_a_class_goes_on_while_its_best_is_above_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    assert soft_nms(FOUR, "linear", **{**PAPER, "floor": 0.15}).scores.tolist() == pytest.approx([0.9, 0.7, 0.4, 0.16])
+
+
 def test_an_iou_of_the_threshold_itself_is_no_overlap() -> None:
     # IoU 1/2 exactly, threshold 1/2
     pair = one_class([[0, 0, 10, 10], [0, 0, 10, 5]], [0.9, 0.8])
