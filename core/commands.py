@@ -22,7 +22,7 @@ from core.backbone import load_backbone_weights
 from core.config import TrainConfig, total_steps, with_warmup_steps
 from core.configfile import config_from_values
 from core.data.images import read_image
-from core.data.loader import train_batches
+from core.data.loader import Augment, train_batches
 from core.data.sampler import training_images
 from core.data.sources import TEST_DEV, open_data
 from core.data.table import Category, Table
@@ -70,6 +70,7 @@ def train(
     detect: Detect,
     pictures: Callable[[Config, Table, torch.device], Picture | None],
     load_weights: Callable[[Any, str, Any], None] = load_backbone_weights,
+    augment: Augment | None = None,
 ) -> dict[str, float]:
     """One run from data to the best model, in the order in which it happens; returns the best metrics on val.
 
@@ -81,6 +82,7 @@ def train(
         detect: the method's post-processing; gets `config=`.
         pictures: makes what draws the method's assignment during training, see `core.train.fit`.
         load_weights: fills the model's backbone from `config.backbone_weights`, see `core.backbone`.
+        augment: the method's own augmentation in place of resizing and mirroring.
     """
     with distributed.process_group(config.device) as device:
         data = open_data(config.data, config.seed, voc_one_based=config.voc_one_based)
@@ -96,7 +98,7 @@ def train(
         best = fit(
             model,
             partial(compute_losses, config=config),
-            lambda start: train_batches(data.train, config, start=start, steps=steps, **share),
+            lambda start: train_batches(data.train, config, start=start, steps=steps, augment=augment, **share),
             on_validation(partial(detect, config=config), data.val, config, device),
             config,
             steps=steps,

@@ -121,7 +121,7 @@ class TrainConfig(ABC):
     @property
     @abstractmethod
     def scale(self) -> tuple[int, int]:
-        """Short side of an image at test and the limit of its long side, pixels; of a square twice its side."""
+        """Short side of an image at test and the limit of its long side, pixels; of a square both are its side."""
 
     @property
     def short_sides(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from core.anchors import SIZE_DIVISOR
 from core.config import TrainConfig
-from core.data.sampler import BatchPlan, Sampler, training_sampler
+from core.data.sampler import BatchPlan, Sampler, augmentation_random, training_sampler
 from core.data.table import Table
 from core.data.transforms import (
     clip_boxes,
@@ -36,17 +36,40 @@ class Sample(NamedTuple):
     """One image on its way into a batch."""
 
     image: UInt8[np.ndarray, "h w 3"]
-    boxes: Float64[np.ndarray, "g 4"]  # xyxy pixels of the resized image
+    boxes: Float64[np.ndarray, "g 4"]  # xyxy pixels of the image
     labels: Int32[np.ndarray, " g"]
 
 
+# A method's own augmentation in place of resizing and mirroring: a pure function of the image of a file with the boxes
+# that can be targets, the size (height, width) that its result must have, and random numbers. It may drop boxes, never
+# add one.
+Augment = Callable[[Sample, tuple[int, int], np.random.Generator], Sample]
+
+
 def train_batches(
-    table: Table, config: TrainConfig, *, start: int, steps: int, rank: int = 0, world_size: int = 1
+    table: Table,
+    config: TrainConfig,
+    *,
+    start: int,
+    steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+    augment: Augment | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of the batches of steps start + 1 .. steps.
 
     The global batch is a pure function of (config.seed, step); ranks cut it into equal consecutive parts. All ranks
     share one canvas and one G, the padded number of objects.
+
+    Args:
+        table: training images.
+        config: data, resizing, batch size, seed, workers.
+        start: steps that are already done.
+        steps: of the whole run.
+        rank: this process.
+        world_size: number of processes.
+        augment: what happens to an image instead of resizing and mirroring; its random numbers are a pure function of
+            (config.seed, step, place in the global batch).
 
     Raises:
         UserError: batch_size does not divide among the ranks, nothing to train on, or an image that cannot be read.
@@ -56,7 +79,7 @@ def train_batches(
     sampler = training_sampler(table, config)
     share = config.batch_size // world_size
     mine = slice(rank * share, (rank + 1) * share)
-    return _load(partial(_train_batch, table, config, sampler, mine), range(start + 1, steps + 1), config)
+    return _load(partial(_train_batch, table, config, sampler, mine, augment), range(start + 1, steps + 1), config)
 
 
 def eval_batches(
@@ -141,15 +164,22 @@ def padded_count(count: int) -> int:
     return size
 
 
-def make_batch(table: Table, config: TrainConfig, plan: BatchPlan, part: slice) -> Batch:
-    """Reads, resizes, flips and pads the images `part` of a global batch."""
+def make_batch(
+    table: Table, config: TrainConfig, plan: BatchPlan, part: slice, augment: Augment | None = None, step: int = 0
+) -> Batch:
+    """Reads, resizes, flips and pads the images `part` of a global batch; those of step `step` for `augment`."""
     rows, flips = plan.images[part], plan.flips[part]
     sizes = np.stack([table.heights[rows], table.widths[rows]], axis=1).astype(np.int64)
     resized = network_sizes(sizes, (plan.short_side, plan.long_side), config.resize_rule)
-    samples = [
-        load_sample(table, int(row), (int(size[0]), int(size[1])), bool(flip), config.box_geometry)
-        for row, size, flip in zip(rows, resized, flips, strict=True)
-    ]
+    samples = []
+    for place, row, (height, width), flip in zip(
+        range(len(plan.images))[part], rows.tolist(), resized.tolist(), flips.tolist(), strict=True
+    ):
+        sample = read_sample(table, row, config.box_geometry)
+        if augment is None:
+            samples.append(resize_sample(sample, (height, width), flip, config.box_geometry))
+        else:
+            samples.append(augment(sample, (height, width), augmentation_random(config.seed, step, place)))
     objects = padded_count(int(np.diff(table.box_offsets)[plan.images].max(initial=0)))
     images = torch.zeros(len(rows), 3, *plan.canvas, dtype=torch.uint8)
     boxes = torch.zeros(len(rows), objects, 4)
@@ -166,22 +196,31 @@ def make_batch(table: Table, config: TrainConfig, plan: BatchPlan, part: slice) 
     return Batch(images, torch.from_numpy(resized), boxes, labels, valid, ids, torch.from_numpy(sizes))
 
 
-def load_sample(table: Table, row: int, size: tuple[int, int], flip: bool, geometry: Geometry) -> Sample:
-    """One image resized to `size` = (height, width), mirrored if `flip`, with the boxes that can be targets."""
+def read_sample(table: Table, row: int, geometry: Geometry) -> Sample:
+    """One image of a file with the boxes that can be targets."""
     image = table.read_image(row)
-    original = (image.shape[0], image.shape[1])
     boxes_of = table.box_slice(row)
-    boxes = clip_boxes(corner_boxes(table.boxes_xywh[boxes_of], geometry), original, geometry)
+    boxes = clip_boxes(corner_boxes(table.boxes_xywh[boxes_of], geometry), _size(image), geometry)
     keep = usable_boxes(boxes, table.crowd[boxes_of])
-    boxes = scale_boxes(boxes[keep], original, size)
-    image = resize(image, size)
+    return Sample(image, boxes[keep], table.labels[boxes_of][keep])
+
+
+def resize_sample(sample: Sample, size: tuple[int, int], flip: bool, geometry: Geometry) -> Sample:
+    """The image resized to `size` = (height, width), mirrored if `flip`, and its boxes with it."""
+    image, boxes = resize(sample.image, size), scale_boxes(sample.boxes, _size(sample.image), size)
     if flip:
         image, boxes = image[:, ::-1], flip_boxes(boxes, size[1], geometry)
-    return Sample(image, boxes, table.labels[boxes_of][keep])
+    return Sample(image, boxes, sample.labels)
 
 
-def _train_batch(table: Table, config: TrainConfig, sampler: Sampler, part: slice, step: int) -> Batch:
-    return make_batch(table, config, sampler.batch(step), part)
+def _size(image: UInt8[np.ndarray, "h w 3"]) -> tuple[int, int]:
+    return image.shape[0], image.shape[1]
+
+
+def _train_batch(
+    table: Table, config: TrainConfig, sampler: Sampler, part: slice, augment: Augment | None, step: int
+) -> Batch:
+    return make_batch(table, config, sampler.batch(step), part, augment, step)
 
 
 def _eval_batch(table: Table, config: TrainConfig, plans: list[BatchPlan], index: int) -> Batch:

@@ -27,6 +27,7 @@ from core.errors import UserError
 
 MIN_SIDE = 1.0  # a training image needs a box with both sides above this many pixels (spec PAA section 8)
 GROUP_ORDER, SHORT_SIDES, FLIPS, IMAGE_ORDER = range(4)  # independent random streams of a seed
+AUGMENTATION = IMAGE_ORDER + 2  # each of two groups has its own order
 
 
 class BatchPlan(NamedTuple):
@@ -45,9 +46,17 @@ def random_bits(seed: int, stream: int, *position: int, count: int) -> UInt64[np
     Philox is counter-based: neighbouring positions give independent numbers. Its raw bits are the part of numpy's
     random numbers that never changes between versions.
     """
+    return _philox(seed, stream, *position).random_raw(count)
+
+
+def augmentation_random(seed: int, step: int, place: int) -> np.random.Generator:
+    """The random numbers for one image of a run: that at `place` of the global batch of `step`."""
+    return np.random.Generator(_philox(seed, AUGMENTATION, step, place))
+
+
+def _philox(seed: int, stream: int, *position: int) -> np.random.Philox:
     key = np.array([seed % 2**64, stream], np.uint64)  # a list would pass through float64
-    counter = [0, 0, *position, *[0] * (2 - len(position))]
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
+    return np.random.Philox(key=key, counter=[0, 0, *position, *[0] * (2 - len(position))])
 
 
 @lru_cache(maxsize=8)

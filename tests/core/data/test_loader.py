@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 from PIL import Image
 
 from core.config import PyramidConfig
-from core.data.loader import eval_batches, padded_count, scaled_batches, train_batches
-from core.data.sampler import training_sampler
+from core.data.loader import Sample, eval_batches, padded_count, scaled_batches, train_batches
+from core.data.sampler import augmentation_random, training_sampler
 from core.data.sources import open_data
 from core.data.table import Table
 from core.errors import UserError
@@ -37,7 +38,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
             assert torch.equal(x, y), name
 
 
-def batches(table: Table, config: PyramidConfig = CONFIG, start: int = 0, **ranks: int) -> list[Batch]:
+def batches(table: Table, config: PyramidConfig = CONFIG, start: int = 0, **ranks: Any) -> list[Batch]:
     return list(train_batches(table, config, start=start, steps=6, **ranks))
 
 
@@ -205,6 +206,32 @@ def test_squares(drawn: Table) -> None:
             # each axis has its own ratio, so a box has the same share of the image as before
             expected = np.stack([w / drawn.widths[row], h / drawn.heights[row]], axis=1)
             assert np.allclose((boxes[valid][:, 2:] - boxes[valid][:, :2]).numpy() / 64, expected, atol=1e-6)
+
+
+def mark(sample: Sample, size: tuple[int, int], random: np.random.Generator) -> Sample:
+    """An image that holds its own random numbers, without the first of its boxes."""
+    image = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+    assert (sample.boxes[:, 2:] <= sample.image.shape[1::-1]).all()  # pixels of the file
+    return Sample(image, sample.boxes[1:], sample.labels[1:])
+
+
+def test_augmentation_is_a_function_of_seed_step_and_place(drawn: Table) -> None:
+    config = SquareConfig(steps=6, batch_size=4, workers=0, device="cpu", seed=5)
+    augmented: dict[str, Any] = {"steps": 6, "augment": mark}
+    found = list(train_batches(drawn, config, start=0, **augmented))
+    for step, batch in enumerate(found, start=1):
+        plan = training_sampler(drawn, config).batch(step)
+        assert batch.image_ids.tolist() == (plan.images + 1).tolist()
+        for place, (image, number, valid) in enumerate(
+            zip(batch.images, batch.image_ids.tolist(), batch.valid, strict=True)
+        ):
+            expected = augmentation_random(5, step, place).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            assert (image.permute(1, 2, 0).numpy() == expected).all()
+            assert valid.sum() == max(len(drawn.labels[drawn.box_slice(number - 1)]) - 1, 0)
+    assert_same(found, list(train_batches(drawn, replace(config, workers=2), start=0, **augmented)))
+    assert_same(found[4:], list(train_batches(drawn, config, start=4, **augmented)))
+    shares = [list(train_batches(drawn, config, start=0, rank=rank, world_size=2, **augmented)) for rank in range(2)]
+    assert_same(found, [Batch(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)])
 
 
 def test_coco_mini(shared: Path) -> None:

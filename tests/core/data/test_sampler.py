@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from core.config import PyramidConfig
-from core.data.sampler import permutation, random_bits, training_images, training_sampler
+from core.data.sampler import augmentation_random, permutation, random_bits, training_images, training_sampler
 from core.data.table import Category, NoImages, Table
 from core.data.transforms import resized_sizes
 from core.errors import UserError
@@ -161,4 +161,8 @@ def test_random_numbers_never_change() -> None:
     assert random_bits(7, 2, 5, count=8).tolist() == expected
     assert permutation(7, 2, 5, 8).tolist() == sorted(range(8), key=lambda i: expected[i])
     assert sorted(permutation(1, 0, 9, 100)) == list(range(100))
+    for place in range(3):  # an image has a stream of its own, of any length
+        random = augmentation_random(7, 9, place).bit_generator
+        expected = philox([7, 5], [1, 0, 9, place]) + philox([7, 5], [2, 0, 9, place])
+        assert [int(random.random_raw()) for _ in range(8)] == expected
     assert random_bits(-1, 2, 5, count=4).tolist() == philox([2**64 - 1, 2], [1, 0, 5, 0])
