@@ -30,6 +30,9 @@ METRICS = {  # by key in files
     "correct": Metric("correct", digits=0),  # boxes after NMS, as the next two
     "redundant": Metric("redundant", digits=0),
     "error": Metric("errors", digits=0),
+    # published only: no command measures these
+    **{name: Metric(name, 100.0, 1) for name in ("AP60", "AP70", "AP80", "AP85")},
+    "FPS": Metric("FPS", digits=1),  # images a second
 }
 SPLITS = ("train", "val", "test", "test-dev")
 UNKNOWN, NONE, FAILS = "unknown", "none", "fails"  # published but not known to us; not published; does not train

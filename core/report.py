@@ -157,7 +157,7 @@ def differences(measured: Measurement, wanted: TrainConfig, images: Mapping[str,
     """What makes a run another one than `wanted`, such as `steps 240 instead of 135000`; empty if nothing does.
 
     Seeds, hardware, logging and paths may differ; precision may not. Of the data its short name counts (`coco`, also
-    `coco2017` or `mscoco`) and, where it is known, the number of images.
+    `coco2017` or `mscoco`; `VOC07+12` of a VOCdevkit) and, where it is known, the number of COCO's images.
 
     Args:
         measured: the run.
@@ -180,7 +180,7 @@ def differences(measured: Measurement, wanted: TrainConfig, images: Mapping[str,
 
 def _data_key(name: str) -> str:
     key = re.sub(r"[-_ ]?2017$", "", name.lower())
-    return "coco" if key == "mscoco" else key
+    return {"mscoco": "coco", "vocdevkit": "voc07+12"}.get(key, key)  # a whole devkit calls itself VOC07+12
 
 
 def _shown(value: Any) -> str:

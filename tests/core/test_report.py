@@ -212,6 +212,9 @@ def test_differences_by_hand() -> None:
     assert differences(measured(same), PRESETS["r50"], images) == []
     for name in ("coco", "COCO", "coco2017", "coco-2017", "mscoco"):
         assert differences(measured(data=name), PRESETS["r50"], images) == []
+    voc = replace(PRESETS["r50"], data="somewhere/VOCdevkit")
+    assert differences(measured(data="VOC07+12"), voc, images) == []
+    assert differences(measured(data="VOC07"), voc, images) == ["data VOC07 instead of VOCdevkit"]
     other = replace(PRESETS["r50"], steps=240, precision="bf16", milestones=(0.5,), dcn_tower=True, lr=0.02)
     assert differences(measured(other, data="coco_mini"), PRESETS["r50"], images) == [
         "data coco_mini instead of coco",
