@@ -30,6 +30,7 @@ DPI = 110
 CROP = 2.0  # height of the shown part of an image, in heights of the object's box (or widths, where it is flat)
 CROP_ASPECT = 1.35  # width of that part over its height
 LEAST_CROP = 0.35  # least height of that part, in short sides of the image
+USUAL_LEVELS = 5  # P3 to P7 always have their line, further ones where an anchor is on them
 LABEL_ROOM = 0.065  # of the shown part's height, between the ranks of two anchors
 ROOM = 6.0  # a curve may stand so many times higher than the second highest before the axis cuts it
 HEADROOM = 1.4  # of the y axis over the curves, for their names
@@ -269,7 +270,7 @@ def _draw_strip(axes: Any, decision: Decision, axis: str) -> None:
     """Every anchor at its score on a line of its pyramid level; positives carry their rank."""
     low, high = _limits(decision.scores)
     _shade(axes, decision, low, high)
-    levels = range(FIRST_LEVEL, FIRST_LEVEL + 5)
+    levels = range(FIRST_LEVEL, max([FIRST_LEVEL + USUAL_LEVELS, *(decision.levels + 1)]))
     axes.add_collection(LineCollection([[(low, n), (high, n)] for n in levels], colors="#e4e4e4", linewidths=0.8))
     for outcome in reversed(OUTCOMES):
         places = decision.where(outcome)
@@ -285,7 +286,7 @@ def _draw_strip(axes: Any, decision: Decision, axis: str) -> None:
             markeredgewidth=1.3 if outcome == "negative" else 0.6,
         )
     _number_ranks(axes, decision, high - low)
-    axes.set(ylim=(FIRST_LEVEL + 4.6, FIRST_LEVEL - 0.6), yticks=list(levels))
+    axes.set(ylim=(levels[-1] + 0.6, FIRST_LEVEL - 0.6), yticks=list(levels))
     axes.set_yticklabels([f"P{level}" for level in levels], fontsize=8.5)
     axes.set_xlabel(axis, fontsize=9, color=INK)
     axes.tick_params(colors="#555555", labelsize=8.5, left=False)

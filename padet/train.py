@@ -30,12 +30,13 @@ def train(config: Config) -> dict[str, float]:
     """One run from data to the best model; returns the best metrics on val."""
     from core.commands import train
     from padet.augment import augmentation
+    from padet.explain import pictures_of_run
     from padet.losses import compute_losses
     from padet.model import PADet
     from padet.postprocess import detect
     from padet.vgg import load_weights
 
-    return train(config, "padet", PADet, compute_losses, detect, lambda *_: None, load_weights, augmentation(config))
+    return train(config, "padet", PADet, compute_losses, detect, pictures_of_run, load_weights, augmentation(config))
 
 
 if __name__ == "__main__":
