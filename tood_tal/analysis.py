@@ -70,7 +70,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     device = distributed.pick_device(arguments.device)
     model, config, categories = load_trained(arguments, "tood_tal", Config, TOOD, device)
-    data = open_data(arguments.data or config.data, config.seed, splits=(arguments.split,))
+    spec = arguments.data or config.data
+    data = open_data(spec, config.seed, splits=(arguments.split,), voc_one_based=config.voc_one_based)
     table = data.split(arguments.split)
     check_categories(table, categories, str(arguments.weights))
     out: Path = arguments.out or arguments.weights.parent / f"alignment-{arguments.split}"
