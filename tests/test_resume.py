@@ -49,7 +49,7 @@ def test_killed_run_resumes_bit_for_bit(method: str, data: Path, tmp_path: Path)
         arguments = flags(method, data, killed, workers)
         kill_after(f"{method}.train", arguments, killed / "log.jsonl", stop)
         assert read_checkpoint(killed)["step"] < STEPS
-        call(f"{method}.train", *arguments)
+        run(f"{method}.train", *arguments)  # a process of its own, as after a restart
         ours, theirs = tensors_of(read_checkpoint(killed)), tensors_of(expected)
         assert ours.keys() == theirs.keys()
         assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
