@@ -16,7 +16,7 @@ import nox
 
 METHODS = ("paa", "dynamic_atss", "tood_tal")
 PACKAGES = ("core", *METHODS, "benchmarks")
-WORKERS = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")  # a worker takes half a gigabyte and more
+WORKERS = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")  # a worker peaks at two gigabytes
 UNTRACED = ("-p", "no:jaxtyping", "-o", "addopts=-q --strict-markers")  # torch.compile cannot trace jaxtyping's checks
 
 nox.needs_version = ">=2024.4"
