@@ -293,9 +293,10 @@ def alignment_method_cells(config: TOODConfig) -> list[str]:
     heads = {"t_head": "T-Head", "parallel": "parallel", "parallel_tap": "parallel + TAP"}
     boxes = "anchors" if config.anchor_based else "points"
     tal = f"TAL {config.alpha:g}, {config.beta:g}, {config.topk}" + ", min_area" * (config.conflict == "min_area")
-    length = f"{config.epochs * config.atss_share:g} epochs" if config.epochs else f"{100 * config.atss_share:.0f} %"
-    start = f"ATSS {length}, " if config.atss_share else ""
-    return [heads[config.head], boxes, "ATSS" if config.atss_share == 1 else start + tal]
+    share = config.atss_share
+    length = plural(round(config.epochs * share), "epoch") if config.epochs else f"{100 * share:.0f} %"
+    start = f"ATSS {length}, " if share else ""
+    return [heads[config.head], boxes, "ATSS" if share == 1 else start + tal]
 
 
 def sizes_of(

@@ -26,10 +26,10 @@ METRICS = {  # by key in files
     "VOC12": Metric("VOC12 mAP", 100.0, 1),
     "iou_error": Metric("IoU error"),
     "rank_correlation": Metric("rank correlation"),  # of score and IoU, of the most confident predictions of an object
-    "top_iou": Metric("IoU of the best"),  # of those
+    "top_iou": Metric("IoU of the top 10"),  # of those
     "correct": Metric("correct", digits=0),  # boxes after NMS, as the next two
     "redundant": Metric("redundant", digits=0),
-    "error": Metric("errors", digits=0),
+    "error": Metric("error", digits=0),
     # published only: no command measures these
     **{name: Metric(name, 100.0, 1) for name in ("AP60", "AP70", "AP80", "AP85")},
     "FPS": Metric("FPS", digits=1),  # images a second

@@ -160,6 +160,7 @@ def test_preset_sizes_of_tood() -> None:
             "parallel + TAP | points | ATSS 4 epochs, TAL 1, 6, 13 | resnet50 | - | 18 epochs of 16 |",
         ),
         ("alpha_1p5_beta_8", "T-Head | points | ATSS 4 epochs, TAL 1.5, 8, 13 |"),
+        ("atss_1_epoch", "T-Head | points | ATSS 1 epoch, TAL 1, 6, 13 |"),
         ("no_atss_phase", "T-Head | points | TAL 1, 6, 13 |"),
         ("conflict_min_area", "T-Head | points | ATSS 4 epochs, TAL 1, 6, 13, min_area |"),
         ("quick", "T-Head | points | ATSS 33 %, TAL 1, 6, 13 | resnet18 |"),

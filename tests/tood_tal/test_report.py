@@ -180,7 +180,7 @@ def test_a_full_run_would_stand_in_its_rows(
     assert len(measured) == rows
     assert all(f"`{preset}`" in line for line in measured)
     assert not any("Runs that differ" in line for line in lines)
-    aligned = [line for line in measured if "rank correlation -0.012, IoU of the best 0.654, correct 30001" in line]
+    aligned = [line for line in measured if "rank correlation -0.012, IoU of the top 10 0.654, correct 30001" in line]
     assert len(aligned) == (preset != "no_atss_phase")
 
 
