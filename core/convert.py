@@ -80,11 +80,27 @@ def convert(
     Raises:
         UserError: a file that is missing, damaged, of another layout or incomplete, or one that would be overwritten.
     """
-    _check_target(arguments.source, arguments.out, arguments.force)
+    check_target(arguments.source, arguments.out, arguments.force)
     if checkpoint.is_ours(arguments.source):
         described = read_own(arguments, method, config_type)
     else:
         described = read_foreign(arguments, method, configure, names)
+    write(arguments, method, described, build)
+
+
+def write(arguments: argparse.Namespace, method: str, described: Described, build: BuildModel, use: str = "") -> None:
+    """Check every tensor of a checkpoint that was read, write the released model and tell what it is.
+
+    Args:
+        arguments: of `core.arguments.convert_parser`; `source` and `out` of them.
+        method: package name that the released model carries.
+        described: the checkpoint.
+        build: makes the method's model.
+        use: what the last line tells to do with the file; empty: to evaluate it.
+
+    Raises:
+        UserError: tensors that are missing, unknown, misshapen or not finite; nothing is written then.
+    """
     weights, config, facts = described
     with torch.device("meta"):
         wanted = build(config, len(facts["categories"])).state_dict()
@@ -98,11 +114,14 @@ def convert(
     print(f"{kept}{f'; {len(weights.dropped)} others checked or not needed' if weights.dropped else ''}")
     for note in weights.notes:
         print(note)
-    print(f"profile {config.profile}, geometry {config.geometry}; licence: {facts['licence']}")
-    print(f"written to {arguments.out}; evaluate it: python -m {method}.evaluate {arguments.out} --data {config.data}")
+    told = ", ".join(f"{name} {value}" for name, value in config.conventions.items())
+    print(f"{told}{'; ' if told else ''}licence: {facts['licence']}")
+    evaluate = f"evaluate it: python -m {method}.evaluate {arguments.out} --data {config.data}"
+    print(f"written to {arguments.out}; {use or evaluate}")
 
 
-def _check_target(path: Path, out: Path, force: bool) -> None:
+def check_target(path: Path, out: Path, force: bool) -> None:
+    """UserError where `out` is no file of a released model, `path` itself, or there already and not to be replaced."""
     if out.suffix != released.SUFFIX:
         raise UserError(f"{out}: the name of a released model must end in {released.SUFFIX}")
     if out.exists() and path.exists() and out.samefile(path):
