@@ -14,7 +14,8 @@ from pathlib import Path
 
 import nox
 
-METHODS = ("paa", "dynamic_atss", "tood_tal")
+METHODS = ("paa", "dynamic_atss", "tood_tal", "padet")
+SQUARES = ("padet",)  # methods whose network takes squares: --size instead of sides
 PACKAGES = ("core", *METHODS, "benchmarks")
 WORKERS = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")  # a worker peaks at two gigabytes
 UNTRACED = ("-p", "no:jaxtyping", "-o", "addopts=-q --strict-markers")  # torch.compile cannot trace jaxtyping's checks
@@ -76,7 +77,8 @@ def smoke(session: nox.Session) -> None:
 def use(session: nox.Session, data: str, folder: str, method: str) -> None:
     """A method's commands one after the other, each a process of its own as a user starts it."""
     run = f"{folder}/{method}"
-    small = ("--channels", "64", "--short-side", "96", "--long-side", "128", "--batch-size", "2")
+    sides = ("--size", "192") if method in SQUARES else ("--short-side", "96", "--long-side", "128")
+    small = ("--channels", "64", *sides, "--batch-size", "2")
     train = ("--preset", "quick", "--data", data, "--steps", "4", *small, "--out", run)
     python(session, "-m", f"{method}.train", *train)
     python(session, "-m", f"{method}.evaluate", f"{run}/best.pt", "--split", "test")

@@ -72,7 +72,7 @@ def test_dry_run_prints_the_recipe_and_the_size_of_the_model(
     [
         (("train", "--preset", "quik"), "'quick'"),
         (("train", "--batchsize", "4"), "'--batch-size'"),
-        (("train", "--geometry", "modren"), "'modern'"),
+        (("train", "--precision", "fp23"), "'fp32'"),
         (("train", "--batch-size", "0"), "batch_size"),
         (("evaluate", "a.pt", "--splt", "val"), "'--split'"),
         (("predict", "a.pt", "b.jpg", "--scor", "0.5"), "'--score'"),
