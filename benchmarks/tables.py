@@ -19,7 +19,7 @@ from torch import nn
 
 from core import cli
 from core.complexity import Complexity, model_complexity
-from core.config import PyramidConfig
+from core.config import PyramidConfig, TrainConfig
 from core.errors import UserError, nearest
 from dynamic_atss.config import PRESETS as DYNAMIC_PRESETS
 from dynamic_atss.config import Config as DynamicConfig
@@ -27,6 +27,9 @@ from dynamic_atss.model import DynamicATSS
 from paa.config import PRESETS as PAA_PRESETS
 from paa.config import Config as PAAConfig
 from paa.model import PAA
+from padet.config import PRESETS as PADET_PRESETS
+from padet.config import Config as PADetConfig
+from padet.model import PADet
 from tood_tal.config import PRESETS as TOOD_PRESETS
 from tood_tal.config import Config as TOODConfig
 from tood_tal.model import TOOD
@@ -35,7 +38,7 @@ Pyramid = TypeVar("Pyramid", bound=PyramidConfig)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "paa/README.md", "dynamic_atss/README.md", "tood_tal/README.md")
+PAGES = ("README.md", "paa/README.md", "dynamic_atss/README.md", "tood_tal/README.md", "padet/README.md")
 MARKED = re.compile(r"(?P<head><!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<tail><!-- end -->)", re.DOTALL)
 NOT_MEASURED = "not measured"
 
@@ -123,6 +126,18 @@ DYNAMIC_ROWS = (
     ("predicted_only", "predicted IoUs only"),
     ("up_down", "predicted IoUs weighted by D_up, anchor IoUs by D_down"),
 )
+PADET_ROWS = (
+    ("baseline", "baseline: neither APM nor FAM"),
+    ("apm_c", "APM scores"),
+    ("apm_r", "APM boxes"),
+    ("fa", "FAM alone, offsets from features"),
+    ("apm", "APM scores and boxes, no FAM"),
+    ("implicit", "APM, FAM with offsets from features"),
+    ("explicit_l", "APM, FAM with offsets from locations"),
+    ("explicit_s", "APM, FAM with offsets from shapes"),
+    ("explicit_ls", "APM, FAM with offsets from both together"),
+    ("all", "APM, FAM with offsets from both apart: the default"),
+)
 
 
 class Table6(NamedTuple):
@@ -196,15 +211,41 @@ def spread(summary: dict[str, Any], name: str, form: str) -> str:
     return f"{mean:{form}}" if deviation is None else f"{mean:{form}} ± {deviation:{form}}"
 
 
-def beside_first(results: Path, file: str, names: Sequence[tuple[str, str]]) -> str:
-    """Each row's AP beside the first one's, then training and licence of all; `names` are (detector, label)."""
+def padet_table(results: Path) -> str:
+    """Rows of Tables 2 and 1 of PADet's paper at a budget of minutes, with what detection learned from."""
+    columns = {"VOC07": lambda measured: percent(measured, "VOC07"), "positives : negatives": balance}
+    return beside_first(results, "padet_bccd.json", PADET_ROWS, columns)
+
+
+def balance(measured: dict[str, Any]) -> str:
+    """`1 : 9.7`: negatives for each positive that a detector learned from late in training."""
+    return f"1 : {measured['mean']['negatives'] / measured['mean']['positives']:.1f}"
+
+
+def beside_first(
+    results: Path,
+    file: str,
+    names: Sequence[tuple[str, str]],
+    columns: Mapping[str, Callable[[dict[str, Any]], str]] | None = None,
+) -> str:
+    """Each row's AP beside the first one's, then training and licence of all.
+
+    Args:
+        results: folder of the result file.
+        file: its name.
+        names: (detector, label) of every row.
+        columns: further cells of a measured detector by their heading.
+    """
+    columns = columns or {}
     result = read_result(results / file)
     base = names[0][0]
     rows = []
     for key, label in names:
-        _, _, *cells = detector_row(results, file, key, label)
-        rows.append([label, *cells, difference(result, key, base)])
-    table = markdown(["row", "AP", "AP50", "AP75", "seeds", "AP beside the first row"], rows)
+        _, _, *cells, seeds = detector_row(results, file, key, label)
+        measured = result["detectors"].get(key) if result else None
+        further = [cell(measured) if measured else NOT_MEASURED for cell in columns.values()]
+        rows.append([label, *cells, *further, seeds, difference(result, key, base)])
+    table = markdown(["row", "AP", "AP50", "AP75", *columns, "seeds", "AP beside the first row"], rows)
     return table + (training_note(result, base) if result else "")
 
 
@@ -260,6 +301,34 @@ def dynamic_presets_table(results: Path) -> str:
         config = DYNAMIC_PRESETS[name]
         rows.append([f"`{name}`", *method_cells(config), *preset_cells(config), *size_cells(size)])
     return markdown(["preset", "host", "assignment by", "class loss, branch", *RECIPE_HEADER, *SIZE_HEADER], rows)
+
+
+def padet_presets_table(results: Path) -> str:
+    """Every named run of PADet with the size of its model."""
+    counted: dict[Hashable, Complexity] = {}
+    rows = []
+    for name, config in PADET_PRESETS.items():
+        body = (config.backbone, config.norm, config.channels, config.size, config.block_norm)
+        key = (*body, config.apm_score, config.apm_box, config.fam)
+        if key not in counted:
+            counted[key] = model_complexity(config, PADet)
+        rows.append([f"`{name}`", *padet_cells(config), *size_cells(counted[key])])
+    parts = ("APM", "offsets from", "backbone", "size", "anchors", "run", "learning rate")
+    return markdown(["preset", *parts, *SIZE_HEADER], rows)
+
+
+def padet_cells(config: PADetConfig) -> list[str]:
+    """What APM predicts, what the offsets of FAM come from, then backbone and recipe."""
+    apm = [part for part, there in (("scores", config.apm_score), ("boxes", config.apm_box)) if there]
+    return [
+        " and ".join(apm) or "-",
+        config.fam if config.fam != "none" else "-",
+        config.backbone,
+        str(config.size),
+        config.anchors,
+        run_length(config),
+        f"{config.learning_rate:g}",
+    ]
 
 
 def method_cells(config: DynamicConfig) -> list[str]:
@@ -324,16 +393,21 @@ def sizes_of(
 
 def preset_cells(config: PyramidConfig) -> list[str]:
     """Backbone and recipe of a preset."""
-    length = f"{config.epochs:g} epochs" if config.steps is None else f"{config.steps:,}"
     stages = "".join(f"C{stage} " for stage in config.dcn_stages) + ("towers" if config.dcn_tower else "")
     side = f"{config.short_side_min}-{config.short_side}" if config.short_side_min else str(config.short_side)
     return [
         config.backbone,
         stages or "-",
-        f"{length} of {config.batch_size}",
+        run_length(config),
         side,
         f"{config.learning_rate:g}",
     ]
+
+
+def run_length(config: TrainConfig) -> str:
+    """`90,000 of 16`: steps, or `12 epochs of 16`, and images of a step."""
+    length = f"{config.epochs:g} epochs" if config.steps is None else f"{config.steps:,}"
+    return f"{length} of {config.batch_size}"
 
 
 def size_cells(size: Complexity) -> list[str]:
@@ -391,6 +465,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "coco": coco_table,
     "dynamic-bccd": dynamic_table,
     "dynamic-presets": dynamic_presets_table,
+    "padet-bccd": padet_table,
+    "padet-presets": padet_presets_table,
     "presets": presets_table,
     "quick": quick_table,
     "speed": speed_table,

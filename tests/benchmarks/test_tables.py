@@ -10,9 +10,10 @@ from benchmarks.run import COMPARISONS
 from core.errors import UserError
 from dynamic_atss.config import PRESETS as DYNAMIC_PRESETS
 from paa.config import PRESETS
+from padet.config import PRESETS as PADET_PRESETS
 from tood_tal.config import PRESETS as TOOD_PRESETS
 
-COUNTED = {"presets", "dynamic-presets", "tood-presets"}  # not measured
+COUNTED = {"presets", "dynamic-presets", "tood-presets", "padet-presets"}  # not measured
 PAGE = "before\n<!-- table: quick -->\nold\n<!-- end -->\nafter\n"
 
 
@@ -105,9 +106,29 @@ def test_cells_of_tood_stand_above_the_paper_s(tmp_path: Path) -> None:
     assert "| 40.0 | 50.0 | 50.0 | 0.432 | none | 800 | 1,234 | 9 | 2 |" in tables.tood_table(tmp_path)
 
 
+def test_rows_of_padet_tell_what_detection_learned_from(tmp_path: Path) -> None:
+    write_ablations(tmp_path / "padet_bccd.json", baseline=0.3, all=0.4)
+    result = json.loads((tmp_path / "padet_bccd.json").read_text())
+    for key, negatives in (("baseline", 4500.0), ("all", 150.0)):
+        measured = result["detectors"][key]
+        measured["mean"] |= {"VOC07": 0.7, "positives": 30.0, "negatives": negatives}
+        measured["std"]["VOC07"] = 0.01
+    (tmp_path / "padet_bccd.json").write_text(json.dumps(result))
+    lines = tables.padet_table(tmp_path).splitlines()
+    assert lines[0] == ("| row | AP | AP50 | AP75 | VOC07 | positives : negatives | seeds | AP beside the first row |")
+    assert lines[2].endswith("| 30.0 ± 2.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 70.0 ± 1.0 | 1 : 150.0 | 2 |  |")
+    assert lines[3] == "| APM scores |" + " not measured |" * 7
+    assert lines[11].endswith("| 70.0 ± 1.0 | 1 : 5.0 | 2 | +10.0 |")  # above 4.303 x .02
+    assert lines[-1] == "Each: some steps, preset `small` otherwise. free"
+
+
 def test_every_row_of_a_comparison_is_shown() -> None:
-    shown = {"bccd-ablations": tables.ABLATION_ROWS, "dynamic-bccd": tables.DYNAMIC_ROWS, "tood-bccd": tables.TOOD_ROWS}
-    for name, rows in shown.items():
+    for name, rows in (
+        ("bccd-ablations", tables.ABLATION_ROWS),
+        ("dynamic-bccd", tables.DYNAMIC_ROWS),
+        ("tood-bccd", tables.TOOD_ROWS),
+        ("padet-bccd", tables.PADET_ROWS),
+    ):
         assert sorted(row[0] for row in rows) == sorted(COMPARISONS[name].detectors)
 
 
@@ -169,6 +190,27 @@ def test_preset_sizes_of_tood() -> None:
     assert "| 32,200,494 | 31,975,150 |" in rows["r50_1x"]
     assert "| 53,619,760 |" in rows["r101_dcn_2x_ms"]
     assert "| 97,813,444 |" in rows["x101_64x4d_dcn_2x_ms"]
+
+
+def test_preset_sizes_of_padet() -> None:
+    rows = {line.split("`")[1]: line for line in tables.padet_presets_table(Path()).splitlines()[2:]}
+    assert set(rows) == set(PADET_PRESETS)
+    # parameters and GMAC of spec section 1.5
+    for name, cells in (
+        ("vgg16_384", "scores and boxes | disentangled | vgg16 | 384 | coco | 160 epochs of 32 | 0.002 | 39,631,504"),
+        ("vgg16_512", "scores and boxes | disentangled | vgg16 | 512 | coco | 160 epochs of 32 | 0.002 | 43,109,936"),
+        (
+            "r101_384",
+            "scores and boxes | disentangled | resnet101 | 384 | coco | 160 epochs of 32 | 0.002 | 62,040,208",
+        ),
+        ("baseline", "- | - | vgg16 | 384 | coco | 160 epochs of 32 | 0.002 | "),
+        ("apm_c", "scores | - | vgg16 |"),
+        ("apm_r", "boxes | - | vgg16 |"),
+        ("voc_vgg16_512", "scores and boxes | disentangled | vgg16 | 512 | voc | 250 epochs of 32 |"),
+    ):
+        assert rows[name].startswith(f"| `{name}` | {cells}")
+    for name, giga in (("vgg16_384", 58.7), ("vgg16_512", 104.4)):
+        assert float(rows[name].split("|")[-2]) == pytest.approx(giga, rel=0.01)
 
 
 def write_speed(results: Path, threads: int, *rows: dict[str, object]) -> None:
