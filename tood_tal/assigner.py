@@ -99,8 +99,9 @@ def explain_assignment(
         raise ValueError(f"topk must be at least 1, got {topk}")
     if conflict not in ("max_iou", "min_area"):
         raise ValueError(f"conflict must be max_iou or min_area, got {conflict!r}")
-    boxes, scores = boxes.detach(), usable_scores(scores.detach(), anchor_valid)
-    anchors, metric = best_aligned(scores, boxes, targets, alpha, beta, min(topk, len(centres)))
+    boxes, scores = boxes.detach(), scores_by_class(scores.detach())
+    usable = boxes if anchor_valid is None else boxes.masked_fill(~anchor_valid[..., None], 0)  # overlaps nothing
+    anchors, metric = best_aligned(scores, usable, targets, alpha, beta, min(topk, len(centres)))
     objects = targets.boxes[:, :, None]
     ious = box_iou(rows_at(boxes, anchors), objects)
     positive = (metric > 0) & centres_inside(centres[anchors], objects)
@@ -117,10 +118,9 @@ def explain_assignment(
     return Details(result, anchors, metric, ious, positive)
 
 
-def usable_scores(scores: Float[Tensor, "B A C"], anchor_valid: Bool[Tensor, "B A"] | None) -> Float[Tensor, "B C A"]:
-    """Scores class by class in float32 or better, 0 where an anchor takes no part."""
-    by_class = scores.transpose(1, 2).to(torch.promote_types(scores.dtype, torch.float32)).contiguous()
-    return by_class if anchor_valid is None else by_class * anchor_valid[:, None]
+def scores_by_class(scores: Float[Tensor, "B A C"]) -> Float[Tensor, "B C A"]:
+    """Scores class by class in float32 or better."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).transpose(1, 2)
 
 
 def best_aligned(
@@ -144,17 +144,19 @@ def best_aligned(
     Returns:
         Anchors by falling metric, equal ones by index; where fewer than `count` are above 0 the rest have metric 0.
     """
+    spare = -scores.shape[2] % BLOCK  # anchors without area behind the others, so that `largest` need not copy
+    scores = torch.nn.functional.pad(scores, (0, spare)).contiguous()
     batch, classes, size = scores.shape
     number = targets.boxes.shape[1]
-    corners = boxes.to(scores.dtype).transpose(1, 2).contiguous()
+    objects = targets.boxes.to(scores.dtype).masked_fill(~targets.valid[..., None], 0)  # padding overlaps nothing
+    corners = torch.nn.functional.pad(boxes.to(scores.dtype).transpose(1, 2), (0, spare)).contiguous()
     chunk = max(1, (GPU_PAIRS if scores.is_cuda or torch.compiler.is_compiling() else CPU_PAIRS) // (batch * size))
     anchors, metrics = [], []
     for first in range(0, max(number, 1), chunk):
         part = slice(first, first + chunk)
         rows = targets.labels[:, part] + classes * torch.arange(batch, device=scores.device)[:, None]
         own = scores.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
-        metric = alignment_metric(own, corners, targets.boxes[:, part].to(scores.dtype), alpha, beta)
-        metric = metric.masked_fill(~targets.valid[:, part, None], 0)
+        metric = alignment_metric(own, corners, objects[:, part], alpha, beta)
         values, index = largest(metric, count)
         anchors.append(index)
         metrics.append(values)
@@ -211,7 +213,9 @@ def largest(values: Float[Tensor, "B g A"], count: int) -> tuple[Float[Tensor, "
     blocks = -(-size // BLOCK)
     if blocks <= count:
         return ranked(values, torch.arange(size, device=values.device).expand_as(values), count)
-    padded = torch.nn.functional.pad(values, (0, blocks * BLOCK - size), value=-1.0)
+    padded = values
+    if size < blocks * BLOCK:
+        padded = torch.nn.functional.pad(values, (0, blocks * BLOCK - size), value=-1.0)
     maxima = padded.unflatten(-1, (blocks, BLOCK)).amax(dim=-1)
     _, best = ranked(maxima, torch.arange(blocks, device=values.device).expand_as(maxima), count)
     places = (best[..., None] * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(-2)
