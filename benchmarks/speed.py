@@ -2,14 +2,16 @@
 
     python -m benchmarks.speed                                              # all
     python -m benchmarks.speed paa-mixture atss                             # some
-    python -m benchmarks.speed --out benchmarks/results/speed.json          # kept for the README's table
+    python -m benchmarks.speed --out benchmarks/results/speed.json          # kept for the README's table; what is not
+                                                                            # measured anew stays as it was
 
 Each line shows both times, how many times faster ours is, and how many are wanted; or megabytes, or a share of a
 training step, and how much is allowed. Compare only times of one run.
 """
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, final
 
@@ -26,6 +28,8 @@ from benchmarks.tood_speed import tood_assign_case, tood_loss_case, tood_memory_
 from core import cli
 from core.errors import UserError, nearest
 from core.runlog import environment, write_json
+
+ORIGIN = ("commit", "command", "started", "device", "threads")  # of a row's run
 
 
 @final
@@ -226,10 +230,22 @@ def main() -> None:
             print(f"{name}: {line(result)}", flush=True)
             rows.append(result)
     if options.out:
-        note = "Data: generated in the benchmarks, no licence."
-        write_json(
-            options.out, environment(torch.device("cpu"), 1, {}) | {"seeds": [0], "licence_note": note, "rows": rows}
-        )
+        facts = environment(torch.device("cpu"), 1, {}) | {"seeds": [0]}
+        facts["licence_note"] = "Data: generated in the benchmarks, no licence."
+        old = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+        write_json(options.out, facts | {"rows": merge_rows(old, facts, rows)})
+
+
+def merge_rows(
+    old: Mapping[str, Any], facts: Mapping[str, Any], rows: Sequence[Row | Peak | Share]
+) -> list[dict[str, Any]]:
+    """An earlier file's rows with today's in their places or behind them, each with the run that it comes from."""
+    kept: dict[tuple[str, str], dict[str, Any]] = {}
+    for source, some in ((old, old.get("rows", [])), (facts, rows)):
+        for one in some:
+            origin = one.get("origin") or {key: source[key] for key in ORIGIN}
+            kept[one["name"], one["what"]] = {**one, "origin": origin}
+    return list(kept.values())
 
 
 def _renamed(case: dict[str, Any], **names: str) -> dict[str, Any]:

@@ -30,3 +30,18 @@ def test_memory_and_its_line() -> None:
 def test_voting_gives_the_loop_s_boxes(classes: int) -> None:
     case = voting_case(boxes=60, classes_each=classes, repeats=1)
     assert case["equal"]
+
+
+def test_rows_that_are_not_measured_anew_stay_with_their_run() -> None:
+    run = {"command": "all", "started": "then", "device": "cpu", "threads": 2}
+    old = {**run, "commit": "1", "rows": [{"name": name, "what": "", "ratio": 1.0} for name in "ab"]}
+    new = speed.row({"name": "b", "what": "", "reference_ms": 3.0, "ours_ms": 1.0, "equal": True}, "", 2)
+    more = speed.row({"name": "c", "what": "", "reference_ms": 3.0, "ours_ms": 1.0, "equal": True}, "", 2)
+    rows = speed.merge_rows(old, {**run, "commit": "2"}, [new, more])
+    assert [(row["name"], row["ratio"], row["origin"]["commit"]) for row in rows] == [
+        ("a", 1.0, "1"),
+        ("b", 3.0, "2"),
+        ("c", 3.0, "2"),
+    ]
+    again = speed.merge_rows({**run, "commit": "2", "rows": rows}, {**run, "commit": "3"}, [new])
+    assert [row["origin"]["commit"] for row in again] == ["1", "3", "2"]
