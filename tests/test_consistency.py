@@ -22,6 +22,7 @@ from core.anchors import AnchorGrid, anchor_grid, anchors_inside, level_shapes
 from core.atss import assign_atss
 from core.config import TrainConfig
 from core.data.loader import train_batches
+from core.profiles import ProfileName
 from core.shapes import shapes_table
 from core.types import Assignment, Targets
 from tests.runs import METHODS, ROOT
@@ -112,7 +113,7 @@ def test_toods_profile_table_says_what_its_profiles_hold() -> None:
             return "yes" if value else "no"
         return f"{value:g}" if isinstance(value, float) else str(value)
 
-    names = ("ours", "mmdet", "official")
+    names: tuple[ProfileName, ...] = ("ours", "mmdet", "official")
     expected = [
         (field.name, *(cell(getattr(TOOD_PROFILES[name], field.name)) for name in names))
         for field in fields(TOODProfile)
