@@ -5,6 +5,7 @@
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run bccd-ablations         # rows of PAA's paper, tiny, 2 seeds
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run dynamic-bccd           # rows of Dynamic ATSS's, likewise
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run tood-bccd              # TOOD's table 6, likewise, 3 seeds
+    ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run padet-bccd             # rows of PADet's, likewise
     python -m benchmarks.run quick                                               # the README's first command
 
 The file is written after every run. A comparison that was cut off goes on with the run it had not finished; a run made
@@ -28,7 +29,7 @@ import torch
 
 from core import cli
 from core.errors import UserError, nearest
-from core.runlog import commit, environment, write_json
+from core.runlog import LOG, commit, environment, read_log, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,6 +46,8 @@ class Detector:
     commands: tuple[str, ...]  # modules and their arguments
     metrics: str  # JSON file with the test metrics that the commands leave, {out} filled in
     alignment: str = ""  # likewise with the alignment analysis, where there is one
+    also: tuple[str, ...] = ()  # kept of the test metrics beside `METRICS`
+    logged: tuple[str, ...] = ()  # kept of the run's training log, as means over its last quarter
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,19 @@ class Comparison:
     detectors: dict[str, Detector]
 
 
-def trained(method: str, training: str, data: str, flags: str, split: str) -> Detector:
+def trained(
+    method: str,
+    training: str,
+    data: str,
+    flags: str,
+    split: str,
+    also: tuple[str, ...] = (),
+    logged: tuple[str, ...] = (),
+) -> Detector:
     """A method trained with these flags and then tested on a split of its data."""
     train = f"{method}.train --data {data} {flags} --seed {{seed}} --out {{out}}"
     evaluate = f"{method}.evaluate {{out}}/best.pt --data {data} --split {split} --out {{out}}/{split}"
-    return Detector(training, (train, evaluate), f"{{out}}/{split}/metrics.json")
+    return Detector(training, (train, evaluate), f"{{out}}/{split}/metrics.json", also, logged)
 
 
 BCCD = f"{SHARED}/data/bccd.yaml"
@@ -151,6 +162,36 @@ def aligned(flags: str) -> Detector:
     return replace(tested, commands=(*tested.commands, analyse), alignment="{out}/test/alignment.json")
 
 
+# PADet: rows of its Tables 2 and 1. The VOC folder, because VOC's own AP is the method's; its corners count from 0.
+PADET_STEPS = 240
+PADET_TRAINING = f"{PADET_STEPS} x 8 images of 192 px, bf16"
+PADET_DATA = f"{SHARED}/data/bccd/VOC"
+PADET_START = f"{BCCD_START} --no-voc-one-based {SHORT_RUN} --steps {PADET_STEPS} --batch-size 8"
+PADET_FLAGS = {
+    "baseline": "--no-apm-score --no-apm-box --fam none",
+    "apm_c": "--no-apm-box --fam none",
+    "apm_r": "--no-apm-score --fam none",
+    "fa": "--no-apm-score --no-apm-box --fam implicit",
+    "apm": "--fam none",
+    "implicit": "--fam implicit",
+    "explicit_l": "--fam explicit_l",
+    "explicit_s": "--fam explicit_s",
+    "explicit_ls": "--fam explicit_ls",
+    "all": "--fam disentangled",
+}
+PADET = {
+    name: trained(
+        "padet",
+        PADET_TRAINING,
+        PADET_DATA,
+        f"{PADET_START} {flags}",
+        "test",
+        also=("VOC07",),
+        logged=("positives", "negatives"),
+    )
+    for name, flags in PADET_FLAGS.items()
+}
+
 COMPARISONS = {
     "bccd-fcos": Comparison(
         file="bccd_peer.json",
@@ -196,6 +237,13 @@ COMPARISONS = {
         data=BCCD_DATA,
         licence_note=ABLATION_NOTE,
         detectors={name: aligned(flags) for name, flags in TOOD_FLAGS.items()},
+    ),
+    "padet-bccd": Comparison(
+        file="padet_bccd.json",
+        seeds=2,
+        data=BCCD_DATA,
+        licence_note=ABLATION_NOTE,
+        detectors=PADET,
     ),
     "coco-memorise": Comparison(
         file="coco_memorise.json",
@@ -255,8 +303,8 @@ def one_run(detector: Detector, seed: int, out: Path) -> dict[str, Any]:
     """Train and test once in an empty folder.
 
     Returns:
-        seed, commands, commit, wall seconds of all commands, AP, AP50, AP75 in [0, 1] on the tested images, and where
-        the detector has one the numbers of its alignment analysis.
+        seed, commands, commit, wall seconds of all commands, AP, AP50, AP75 in [0, 1] on the tested images, and what
+        else the detector keeps of metrics, alignment analysis and log.
 
     Raises:
         UserError: if a command fails; it has printed why.
@@ -274,12 +322,23 @@ def one_run(detector: Detector, seed: int, out: Path) -> dict[str, Any]:
     for file, names in sources(detector).items():
         content = json.loads(Path(fill(file, seed, out)).read_text(encoding="utf-8"))
         kept |= {name: content[name] for name in names}
+    kept |= late_means(out, detector.logged)
     return {"seed": seed, "commands": recorded(detector, seed), "commit": commit(), "seconds": seconds} | kept
 
 
 def sources(detector: Detector) -> dict[str, tuple[str, ...]]:
     """The files that a detector's numbers stand in, and which are kept of each."""
-    return {detector.metrics: METRICS} | ({detector.alignment: ALIGNMENT} if detector.alignment else {})
+    metrics = {detector.metrics: (*METRICS, *detector.also)}
+    return metrics | ({detector.alignment: ALIGNMENT} if detector.alignment else {})
+
+
+def late_means(run: Path, names: Sequence[str]) -> dict[str, float]:
+    """Means of logged numbers of training over the last quarter of a run folder's steps."""
+    if not names:
+        return {}
+    rows = [row for row in read_log(run / LOG) if row["split"] == "train"]
+    late = [row for row in rows if row["step"] > 0.75 * rows[-1]["step"]]
+    return {name: statistics.mean(row[name] for row in late) for name in names}
 
 
 def fill(word: str, seed: int, out: Path) -> str:
@@ -299,7 +358,7 @@ def shared_folder() -> str:
 
 def summary(detector: Detector, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The runs by seed, the mean and the sample standard deviation of each number, null where there is none."""
-    names = (*(name for kept in sources(detector).values() for name in kept), "seconds")
+    names = (*(name for kept in sources(detector).values() for name in kept), *detector.logged, "seconds")
     columns = {name: [run[name] for run in runs] for name in names}
     return {
         "training": detector.training,

@@ -1,6 +1,7 @@
 """Comparisons: what is kept of a run, and that a comparison which was cut off goes on."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from benchmarks import run
 from core import cli
 from core.errors import UserError
 from dynamic_atss.config import PRESETS
+from padet.config import PRESETS as PADET_PRESETS
 from tood_tal.config import PRESETS as TOOD_PRESETS
 
 DETECTOR = run.Detector("2 x 1 images", ("x.train --seed {seed} --out {out}",), "{out}/metrics.json")
@@ -143,6 +145,64 @@ def test_alignment_is_kept_beside_the_metrics(tmp_path: Path, monkeypatch: pytes
     mean, std = (run.summary(both, [kept, {**kept, "seed": 1, "error": 9}])[part] for part in ("mean", "std"))
     assert (mean["rank_correlation"], mean["error"], mean["AP"]) == (None, 8, pytest.approx(0.1))
     assert (std["rank_correlation"], std["error"]) == (None, pytest.approx(1.4142136))
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("baseline", "baseline"),
+        ("apm_c", "apm_c"),
+        ("apm_r", "apm_r"),
+        ("fa", "fam_alone"),
+        ("apm", "apm"),
+        ("implicit", "fam_implicit"),
+        ("explicit_l", "fam_explicit_l"),
+        ("explicit_s", "fam_explicit_s"),
+        ("explicit_ls", "fam_explicit_ls"),
+        ("all", "vgg16_384"),
+    ],
+)
+def test_rows_of_padet_are_those_of_its_paper(name: str, preset: str) -> None:
+    """The flags of each row set what the preset of the paper's row sets; all else is equal among the rows."""
+    detectors = run.COMPARISONS["padet-bccd"].detectors
+    configs = {
+        key: cli.parse_config(PADET_PRESETS, "padet", "", detector.commands[0].replace("{seed}", "0").split()[1:])
+        for key, detector in detectors.items()
+    }
+    config, base = configs[name], configs["all"]
+    method = ("apm_score", "apm_box", "fam")
+    assert detectors[name].commands[0].startswith("padet.train ")
+    assert {field: getattr(config, field) for field in method} == {
+        field: getattr(PADET_PRESETS[preset], field) for field in method
+    }
+    assert replace(base, **{field: getattr(config, field) for field in method}) == config
+    assert (config.preset, config.size, config.batch_size, config.precision) == ("small", 192, 8, "bf16")
+    assert config.data.endswith("bccd/VOC")
+    assert not config.voc_one_based
+    assert detectors[name].also == ("VOC07",)
+
+
+def test_means_of_the_last_quarter(tmp_path: Path) -> None:
+    rows = [{"split": "train", "step": step, "positives": float(step)} for step in (5, 10, 15, 16, 20)]
+    rows.append({"split": "val", "step": 20})
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert run.late_means(tmp_path, ("positives",)) == {"positives": 18.0}  # steps 16 and 20; 15 is three quarters
+    assert run.late_means(tmp_path / "no log", ()) == {}
+
+
+def test_run_keeps_metrics_and_log_that_its_detector_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        metrics = {"AP": 0.1, "AP50": 0.2, "AP75": 0.05, "VOC07": 0.3, "VOC12": 0.25}
+        (tmp_path / "out" / "metrics.json").write_text(json.dumps(metrics))
+        (tmp_path / "out" / "log.jsonl").write_text(json.dumps({"split": "train", "step": 1, "positives": 7.0}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(run.subprocess, "run", execute)
+    detector = replace(DETECTOR, also=("VOC07",), logged=("positives",))
+    kept = run.one_run(detector, 0, tmp_path / "out")
+    assert (kept["AP"], kept["VOC07"], kept["positives"], "VOC12" in kept) == (0.1, 0.3, 7.0, False)
+    assert run.summary(detector, [kept])["mean"]["positives"] == 7.0
+    assert run.summary(detector, [kept])["std"]["VOC07"] is None
 
 
 def test_words_are_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

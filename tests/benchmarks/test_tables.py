@@ -115,7 +115,7 @@ def test_rows_of_padet_tell_what_detection_learned_from(tmp_path: Path) -> None:
         measured["std"]["VOC07"] = 0.01
     (tmp_path / "padet_bccd.json").write_text(json.dumps(result))
     lines = tables.padet_table(tmp_path).splitlines()
-    assert lines[0] == ("| row | AP | AP50 | AP75 | VOC07 | positives : negatives | seeds | AP beside the first row |")
+    assert lines[0] == "| row | AP | AP50 | AP75 | VOC07 | positives : negatives | seeds | AP beside the first row |"
     assert lines[2].endswith("| 30.0 ± 2.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 70.0 ± 1.0 | 1 : 150.0 | 2 |  |")
     assert lines[3] == "| APM scores |" + " not measured |" * 7
     assert lines[11].endswith("| 70.0 ± 1.0 | 1 : 5.0 | 2 | +10.0 |")  # above 4.303 x .02
