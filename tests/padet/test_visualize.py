@@ -4,12 +4,14 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from core.decisions import OUTCOMES
+from core.shapes import write_shapes
 from core.types import Targets
 from padet.anchors import build_anchors
 from padet.config import BASELINE, SMALL, Config
@@ -104,15 +106,25 @@ def test_an_image_without_objects() -> None:
     assert explain(outputs, empty, CONFIG) == [[], []]
 
 
+def tiny_run(folder: Path, **changes: Any) -> tuple[Path, Path]:
+    """Two steps on a few drawn images: the weights, and the data's folder."""
+    write_shapes(folder / "data", {"train": 4, "val": 3, "test": 1}, seed=0)
+    train(replace(TINY, data=str(folder / "data"), out=str(folder / "run"), **changes))
+    return folder / "run" / "last.pt", folder / "data"
+
+
 def test_run_draws_and_the_command_shows_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from padet.visualize import main
 
-    train(replace(TINY, out=str(tmp_path), picture_every=2))
-    assert (tmp_path / "assignments" / "step-000002.png").stat().st_size > 1000
-    monkeypatch.setattr(sys, "argv", ["visualize", str(tmp_path / "last.pt"), "shapes", "--device", "cpu"])
+    weights, _ = tiny_run(tmp_path, picture_every=2)
+    assert (weights.parent / "assignments" / "step-000002.png").stat().st_size > 1000
+    monkeypatch.setattr(sys, "argv", ["visualize", str(weights), "000001.png", "2", "--device", "cpu"])
     main()
-    record = json.loads((tmp_path / "visualize-val" / "assignments.json").read_text())
+    out = weights.parent / "visualize-val"
+    record = json.loads((out / "assignments.json").read_text())
     assert record["method"] == "padet"
-    assert len(record["images"]) == 4
+    assert [image["image"] for image in record["images"]] == ["000001.png", "000002.png"]
+    for image in record["images"]:
+        assert (out / image["drawn"]).stat().st_size > 1000
     candidates = [one for image in record["images"] for thing in image["objects"] for one in thing["candidates"]]
     assert {one["before"] for one in candidates} <= set(OUTCOMES)
