@@ -35,6 +35,7 @@ RUN_FOLDER = "assignments"  # in a run folder
 MAPS_FOLDER = "maps"  # in the folder of the pictures
 
 Explain = Callable[[Any, Targets, Any], list[list[Decision]]]  # (outputs, targets, config), pixels of the network input
+DrawMore = Callable[[Path, nn.Module, Batch, Any], None]  # (file, model, batch of one, config)
 
 
 class Shown(NamedTuple):
@@ -52,6 +53,7 @@ def visualize(
     build: BuildModel,
     explain: Explain,
     axis: str,
+    draw_more: DrawMore | None = None,
 ) -> None:
     """Draw what the assigner decides about the objects of images, and write all candidates to `assignments.json`.
 
@@ -64,6 +66,7 @@ def visualize(
         build: makes the method's model.
         explain: the method's decisions.
         axis: what their scores are.
+        draw_more: draws a further picture of each image, into the subfolder `more` under the same name.
 
     Raises:
         UserError: weights or data that are missing, damaged or do not fit each other; images that the data lack.
@@ -88,6 +91,10 @@ def visualize(
         draw_image(out / target, image, trained.categories, axis, where)
         draw_image_maps(out / MAPS_FOLDER / target, image, trained.categories, where)
         records.append(record(int(table.image_ids[row]), image, target, trained.categories))
+        if draw_more:
+            draw_more(
+                out / "more" / target, trained.model, image_batch(table, row, trained.config).to(device), trained.config
+            )
     facts = {"method": method, "weights": str(arguments.weights), "data": data.name, "split": arguments.split}
     write_json(out / RECORD, {**facts, "score": axis, "images": records})
     objects = [decision for image in shown for decision in image.decisions]

@@ -4,7 +4,8 @@
     python -m padet.visualize runs/padet/vgg16_384/best.pt 000000000139.jpg 285   # by file name or image id
     python -m padet.train --preset quick --picture-every 100          # also while a model learns
 
-Pictures and `assignments.json`, which holds every number, go into a folder beside the weights.
+Pictures and `assignments.json`, which holds every number, go into a folder beside the weights. Its subfolder
+`more` shows each image as the network sees it: all positives, APM's scores of every level, the places that FAM reads.
 """
 
 from core import cli
@@ -17,9 +18,10 @@ def main() -> None:
     arguments = visualize_parser("padet").parse_args()
     from core.visualize import visualize
     from padet.explain import SCORE_AXIS, explain
+    from padet.figures import draw_promotion
     from padet.model import PADet
 
-    visualize(arguments, "padet", Config, PADet, explain, SCORE_AXIS)
+    visualize(arguments, "padet", Config, PADet, explain, SCORE_AXIS, draw_promotion)
 
 
 if __name__ == "__main__":
