@@ -197,7 +197,8 @@ def test_run_keeps_metrics_and_log_that_its_detector_names(tmp_path: Path, monke
         (tmp_path / "out" / "log.jsonl").write_text(json.dumps({"split": "train", "step": 1, "positives": 7.0}))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(run.subprocess, "run", execute)
+    monkeypatch.setattr(subprocess, "run", execute)
+    monkeypatch.setattr(run, "commit", lambda: "abc")
     detector = replace(DETECTOR, also=("VOC07",), logged=("positives",))
     kept = run.one_run(detector, 0, tmp_path / "out")
     assert (kept["AP"], kept["VOC07"], kept["positives"], "VOC12" in kept) == (0.1, 0.3, 7.0, False)
