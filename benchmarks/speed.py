@@ -24,6 +24,7 @@ from benchmarks.evaluator_speed import evaluator_case, voting_case
 from benchmarks.mixture_speed import mixture_case
 from benchmarks.paa_memory import paa_memory_case
 from benchmarks.paa_speed import paa_loss_case
+from benchmarks.padet_speed import match_case, soft_nms_case, whole_case
 from benchmarks.tood_speed import tood_assign_case, tood_loss_case, tood_memory_case
 from core import cli
 from core.errors import UserError, nearest
@@ -149,6 +150,21 @@ def tood_loss() -> list[Row]:
     return [row(tood_loss_case(objects), "loop over objects", target) for objects, target in ((20, 1.5), (100, 4))]
 
 
+def padet_match() -> list[Row]:
+    """PADet's matching of a batch."""
+    return [row(match_case(), "loop over images and objects", 3)]
+
+
+def padet_nms() -> list[Row]:
+    """Soft-NMS of all classes at once, with PADet's limit and without one."""
+    return [row(soft_nms_case(limit), "loop over classes and boxes", 20) for limit in (300, None)]
+
+
+def padet_whole() -> list[Row]:
+    """PADet from image to detections; at most 1.1 times SSD300's time for as many multiply-adds."""
+    return [row(whole_case(), "SSD300, torchvision", round(1 / 1.1, 3))]
+
+
 def evaluator() -> list[Row]:
     """COCO metrics as `core.evaluator` computes them by default."""
     case: dict[str, Any] = evaluator_case()
@@ -188,6 +204,9 @@ BENCHMARKS: dict[str, Callable[[], list[Row] | list[Peak] | list[Share]]] = {
     "tood-assign": tood_assign,
     "tood-memory": tood_memory,
     "tood-loss": tood_loss,
+    "padet-match": padet_match,
+    "padet-nms": padet_nms,
+    "padet-whole": padet_whole,
     "voting": voting,
     "evaluator": evaluator,
     "annotations": annotations,
