@@ -170,7 +170,7 @@ def alignment_metric(
     alpha: float,
     beta: float,
 ) -> Float[Tensor, "B g A"]:
-    """t = s^alpha * u^beta of all pairs (Eq. 7), u the IoU of predicted box and object, as `core.boxes.box_iou`.
+    """t = s^alpha * u^beta of all pairs (section 3.2.1), u the IoU of box and object, as `core.boxes.box_iou` has it.
 
     Args:
         scores: of each object's class.

@@ -22,7 +22,7 @@ class Config(PyramidConfig):
     quality: Literal["none", "centerness"] = "none"  # head parallel: the branch of plain ATSS
     atss_share: float = 4 / 12  # fraction of the run that begins with ATSS's assignment, before TAL; 1: all of it
     atss_topk: int = 9  # there: candidates of an object on each level, its nearest anchors
-    alpha: float = 1.0  # exponent of the class score in the alignment metric, Eq. 3
+    alpha: float = 1.0  # exponent of the class score in the alignment metric, Table 4
     beta: float = 6.0  # exponent of the IoU
     topk: int = 13  # m, anchors of largest metric offered to each object
     conflict: Literal["max_iou", "min_area"] = "max_iou"  # object that gets an anchor which several claim

@@ -57,7 +57,7 @@ class BoxDecoder(nn.Module):
 
 
 class TaskDecomposition(nn.Module):
-    """Task-specific features from all interactive layers, by layer attention (Eq. 1, 2; Fig. 3b; spec section 1.3).
+    """Task-specific features from all interactive layers, by layer attention (section 3.1; Fig. 3b; spec section 1.3).
 
     Scaling the layers' features by their attention equals scaling the reduction's weights, which are far fewer.
     """
@@ -200,7 +200,7 @@ class ParallelHead(nn.Module):
 
 
 class Alignment(nn.Module):
-    """Scores and boxes made to agree, by a probability map M and offset maps O (Eq. 4 to 6; spec sections 1.4, 1.5).
+    """Scores and boxes made to agree, by a probability map M and offset maps O (section 3.1; spec sections 1.4, 1.5).
 
     Args:
         in_channels: of the features that both maps are predicted from.
@@ -224,7 +224,7 @@ class Alignment(nn.Module):
 
 
 def aligned_scores(logits: Float[Tensor, "B C H W"], alignment: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B C H W"]:
-    """sqrt(sigmoid(logits) * sigmoid(alignment)) in float32 or better (Eq. 4).
+    """sqrt(sigmoid(logits) * sigmoid(alignment)) in float32 or better (section 3.1; spec section 1.4).
 
     By logarithms the gradient is score * (1 - sigmoid) / 2, finite where the score underflows to 0; that of the square
     root would be infinite there.
@@ -235,7 +235,7 @@ def aligned_scores(logits: Float[Tensor, "B C H W"], alignment: Float[Tensor, "B
 
 
 def sample_boundaries(boxes: Float[Tensor, "B 4 H W"], offsets: Float[Tensor, "B 8 H W"]) -> Float[Tensor, "B 4 H W"]:
-    """Each side of a box from where its own offset points, bilinear (Eq. 5; spec section 1.5).
+    """Each side of a box from where its own offset points, bilinear (section 3.1; spec section 1.5).
 
     Plain indexing, which is exact at offset 0 and can be exported; cells outside the map count as 0.
 
@@ -297,7 +297,7 @@ def map_predictor(in_channels: int, hidden: int, out_channels: int, std: float, 
 
 
 def interactive_layer(channels: int, deformable: bool) -> nn.Sequential:
-    """3x3 convolution without bias, GroupNorm, ReLU (Eq. 1 and the authors' norm)."""
+    """3x3 convolution without bias, GroupNorm, ReLU (section 3.1 and the authors' norm)."""
     if not deformable:
         return conv_tower(channels, False, depth=1)
     conv = DeformConv(channels, channels, offset_groups=OFFSET_GROUPS)

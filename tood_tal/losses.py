@@ -109,7 +109,7 @@ def assigned_losses(
 
 
 def class_loss(outputs: Outputs, learned: Learned, by_atss: bool) -> Float[Tensor, "B A"]:
-    """Focal loss (first phase) or task-aligned focal loss, summed over classes (Eq. 9; spec section 2.6).
+    """Focal loss (first phase) or task-aligned focal loss, summed over classes (section 3.2.2; spec section 2.6).
 
     Heads without alignment know their logits, which lose no precision near 0 and 1.
     """
@@ -125,7 +125,7 @@ def class_loss(outputs: Outputs, learned: Learned, by_atss: bool) -> Float[Tenso
 def focal_loss_of_scores(
     scores: Float[Tensor, "*n C"], labels: Int[Tensor, "*n"], targets: Float[Tensor, "*n"], weighted: bool
 ) -> Float[Tensor, "*n"]:
-    """|q - p|^2 BCE(p, q) of each anchor's class and p^2 (-ln(1 - p)) of all others, summed (Eq. 9).
+    """|q - p|^2 BCE(p, q) of each anchor's class and p^2 (-ln(1 - p)) of all others, summed (section 3.2.2).
 
     With targets of 1 and `weighted` it is the focal loss of the first phase.
 

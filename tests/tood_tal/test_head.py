@@ -161,7 +161,7 @@ def decomposition() -> Any:
 
 
 def scaled_features(module: Any, features: Tensor) -> Tensor:
-    """Eq. 1 and 2 as they are written: every layer's features times its attention, then the reduction."""
+    """Layer attention as it is written: every layer's features times its attention, then the reduction."""
     attention = module.attention(features.mean(dim=(2, 3), keepdim=True))
     layers = features.unflatten(1, (6, -1))
     return module.reduction((layers * attention.unsqueeze(2)).flatten(1, 2)).relu()
@@ -454,7 +454,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 @torch.no_grad()
 def test_t_head_equals_its_equations_level_by_level() -> None:
-    # Eq. 1 to 6 with features scaled by their attention and boundaries sampled cell by cell.
+    # Section 3.1 with features scaled by their attention and boundaries sampled cell by cell.
     head = head_of()
     nn.init.normal_(head.alignment.offset[2].weight, std=0.3)
     found = run(head)
