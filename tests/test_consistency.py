@@ -20,12 +20,12 @@ import tood_tal.losses
 import tood_tal.model
 from core.anchors import AnchorGrid, anchor_grid, anchors_inside, level_shapes
 from core.atss import assign_atss
-from core.config import TrainConfig
+from core.config import PyramidConfig
 from core.data.loader import train_batches
 from core.profiles import ProfileName
 from core.shapes import shapes_table
 from core.types import Assignment, Targets
-from tests.runs import METHODS, ROOT
+from tests.runs import METHODS, ROOT, SQUARES
 from tood_tal.profiles import TOOD_PROFILES, TOODProfile
 
 pytestmark = pytest.mark.consistency
@@ -89,14 +89,16 @@ def test_plain_atss_of_every_method_is_cores(method: Callable[[AnchorGrid, Targe
     assert (positives > 0) == (objects > 0)
 
 
-def test_equal_seeds_give_all_methods_the_same_batches() -> None:
+def test_equal_seeds_give_methods_of_one_recipe_the_same_batches() -> None:
+    """All but those of squares, which have an augmentation of their own."""
     table = shapes_table("train", 12, 0)
     seen = {}
-    for method in METHODS:
-        presets: dict[str, TrainConfig] = importlib.import_module(f"{method}.config").PRESETS
+    pyramids = [method for method in METHODS if method not in SQUARES]
+    for method in pyramids:
+        presets: dict[str, PyramidConfig] = importlib.import_module(f"{method}.config").PRESETS
         config = replace(presets["small"], seed=5, workers=0, batch_size=4, short_side=64, long_side=96)
         seen[method] = list(train_batches(table, config, start=0, steps=4))
-    first = seen.pop(METHODS[0])
+    first = seen.pop(pyramids[0])
     assert not torch.equal(first[0].images, first[1].images)
     for method, batches in seen.items():
         for mine, theirs in zip(batches, first, strict=True):
