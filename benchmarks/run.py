@@ -73,7 +73,7 @@ def trained(
     """A method trained with these flags and then tested on a split of its data."""
     train = f"{method}.train --data {data} {flags} --seed {{seed}} --out {{out}}"
     evaluate = f"{method}.evaluate {{out}}/best.pt --data {data} --split {split} --out {{out}}/{split}"
-    return Detector(training, (train, evaluate), f"{{out}}/{split}/metrics.json", also, logged)
+    return Detector(training, (train, evaluate), f"{{out}}/{split}/metrics.json", also=also, logged=logged)
 
 
 BCCD = f"{SHARED}/data/bccd.yaml"

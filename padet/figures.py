@@ -104,7 +104,7 @@ def sampled_anchors(outputs: Outputs, batch: Batch, final: Assignment) -> list[S
     aligned = sum(sizes[: len(outputs.offsets)])
     ends = torch.tensor(sizes).cumsum(0)
     areas = (batch.boxes[0, :, 2:] - batch.boxes[0, :, :2]).prod(dim=1).masked_fill(~batch.valid[0], -1)
-    found = []
+    found: list[Sampled] = []
     for index in areas.argsort(descending=True)[: int(batch.valid[0].sum())].tolist():
         positives = (final.gt_index[0, :aligned] == index).nonzero()[:, 0]
         if len(positives) == 0 or len(found) == SHOWN:
@@ -115,8 +115,10 @@ def sampled_anchors(outputs: Outputs, batch: Batch, final: Assignment) -> list[S
         side, per_cell = outputs.anchors.sides[level], outputs.anchors.per_cell[level]
         cell = (anchor - sum(sizes[:level])) // per_cell
         places = sampled_places(outputs.offsets[level][0], cell // side, cell % side, batch.images.shape[-1] / side)
-        boxes = (outputs.anchors.boxes[anchor], promoted[anchor], box)
-        found.append(Sampled(*(one.double().cpu().numpy() for one in boxes), *places, level))
+        before, after, whole = (
+            one.double().cpu().numpy() for one in (outputs.anchors.boxes[anchor], promoted[anchor], box)
+        )
+        found.append(Sampled(before, after, whole, *places, level))
     return found
 
 
