@@ -257,8 +257,7 @@ def shift_colours(image: UInt8[np.ndarray, "h w 3"], saturation: float, hue: flo
             np.where(value == green, 2 + (blue - red) * share, 4 + (red - green) * share),
         )
         h += np.float32(hue / 60)
-        h += 6 * (h < 0).astype(np.float32)
-        h -= 6 * (h >= 6).astype(np.float32)
+        h += 6 * (h < 0).astype(np.float32)  # 6 and more cannot be: h was 5 at most
         np.minimum(chroma * np.float32(saturation), value, out=chroma)
         for channel, away in enumerate((3 - np.abs(h - 3), np.abs(h - 2), np.abs(h - 4))):
             plane = value - chroma * np.clip(away - 1, 0, 1)

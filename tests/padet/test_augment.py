@@ -197,12 +197,12 @@ def slow_inside(crop: Sequence[int], box: Sequence[float]) -> bool:
 def test_windows_by_hand() -> None:
     # scale 0.65, whose square 0.4225 leaves aspects 0.5 to 2, so 1.25: 0.65 * 1.118 and 0.65 / 1.118 of 200 x 100 are
     # 145 and 58 px; 56 columns and 43 rows are possible places, half and a quarter of which are 28 and 10.
-    # Scale 0.9: aspects 0.81 to 1 / 0.81, the lowest gives 0.9 * 0.9 and 0.9 / 0.9 of the sides.
-    numbers = np.array([[0.5, 0.5, 0.5, 0.25], [6 / 7, 0.0, 0.0, 0.999]] + [[0.0] * 4] * 48)
+    # Scale 0.9: aspects 0.81 to 1 / 0.81; the lowest gives 0.9 * 0.9 and 0.9 / 0.9 of the sides, the highest the
+    # reverse. Scale 0.3, aspect 0.5: 0.3 * 0.7071 of 200 and 0.3 / 0.7071 of 100.
+    first = [[0.5, 0.5, 0.5, 0.25], [6 / 7, 0.0, 0.0, 0.999], [6 / 7, 1.0, 0.999, 0.0]]
+    numbers = np.array(first + [[0.0] * 4] * 47)
     windows = draw_windows(Script(numbers.T.ravel().tolist()), 200, 100)
-    assert windows[:2].tolist() == [[28, 10, 145, 58], [0, 0, 162, 100]]
-    # scale 0.3, aspect 0.5: 0.3 * 0.7071 of 200 and 0.3 / 0.7071 of 100
-    assert windows[2].tolist() == [0, 0, 42, 42]
+    assert windows[:4].tolist() == [[28, 10, 145, 58], [0, 0, 162, 100], [0, 0, 200, 81], [0, 0, 42, 42]]
 
 
 def test_drawn_windows() -> None:
