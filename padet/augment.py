@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, UInt8
 from PIL import Image
 
-from core.data.loader import Sample
+from core.data.loader import Augment, Sample
 from core.data.transforms import flip_boxes, scale_boxes
 from core.geometry import MODERN
 from core.pixels import RGB_MEAN
@@ -67,9 +67,9 @@ def fill_colour(config: Config) -> Colour:
     return round(red), round(green), round(blue)
 
 
-def augmentation(config: Config) -> partial[Sample]:
+def augmentation(config: Config) -> Augment | None:
     """The augmentation of a configuration, as `core.commands.train` takes it."""
-    return partial(augment, fill=fill_colour(config))
+    return partial(augment, fill=fill_colour(config)) if config.augment == "ssd" else None
 
 
 def augment(sample: Sample, size: tuple[int, int], random: np.random.Generator, fill: Colour) -> Sample:

@@ -31,6 +31,7 @@ class Config(TrainConfig):
 
     # data
     size: int = 384  # side of the square that images are resized to, pixels: 192, 384 or 512
+    augment: Literal["ssd", "none"] = "ssd"  # training images: SSD's augmentation, or only resized and mirrored
     # model
     backbone: BackboneName = "vgg16"  # network below the decoder; vgg16 is SSD's, with reduced fully connected layers
     pixels: Literal["imagenet", "caffe"] = "imagenet"  # what the backbone's weights expect; caffe: BGR minus means

@@ -168,6 +168,11 @@ def test_drawn_expansions() -> None:
     assert np.mean([place.left / max(place.width - 100, 1) for place in larger]) == pytest.approx(0.5, abs=0.05)
 
 
+def test_no_augmentation() -> None:
+    assert augmentation(Config(augment="none")) is None
+    assert augmentation(Config()) is not None
+
+
 @pytest.mark.parametrize(
     ("config", "colour"),
     [(Config(), (124, 116, 104)), (Config(pixels="caffe"), (123, 117, 104))],  # both RGB
@@ -305,6 +310,17 @@ def test_boxes_of_a_crop_by_hand() -> None:
     boxes = boxes_of([10, 10, 30, 30], [15, 10, 35, 30], [60, 30, 90, 36], [60, 30, 79, 48])
     assert centres_inside(boxes, crop).tolist() == [False, True, False, True]  # x 20 is on the edge, x 75 outside
     assert crop_boxes(boxes[[1, 3]], crop).tolist() == [[0, 10, 15, 30], [40, 30, 50, 40]]
+
+
+def test_boxes_follow_the_crop() -> None:
+    # the first crop of test_windows_by_hand, [28, 10, 145, 58]; centre (25, 30) is outside, (35, 30) inside
+    sample = sample_of(picture(100, 200), [0, 20, 50, 40], [10, 20, 60, 40])
+    windows = np.array([[0.5, 0.5, 0.5, 0.25]] * 50).T.ravel().tolist()
+    script = [*NO_DISTORTION, *NO_EXPANSION, 0.99, *windows, *LINEAR, *NO_MIRROR]  # the last minimum: any crop
+    found = augment(sample, (58, 145), Script(script), FILL)
+    assert found.boxes.tolist() == [[0, 10, 32, 30]]
+    assert found.labels.tolist() == [1]
+    assert (found.image == sample.image[10:68, 28:173]).all()
 
 
 # Resizing, mirroring and the whole
