@@ -112,10 +112,14 @@ def resolve(
 
 
 def _one_length(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes of one layer, where a run's length in steps unsets the one in epochs and the other way round."""
+    """The changes of one layer, where a run's length in steps unsets the one in epochs and the other way round.
+
+    A warm-up in steps unsets the one in epochs, which otherwise decides.
+    """
     given = {key for key in ("steps", "epochs") if changes.get(key) is not None}
     unset = {"steps": None, "epochs": None} if given else {}
-    return {**unset, **changes}
+    warmup = {"warmup_epochs": None} if changes.get("warmup_steps") is not None else {}
+    return {**unset, **warmup, **changes}
 
 
 def default_out(config: TrainConfig, method: str, preset_data: str) -> str:

@@ -50,7 +50,7 @@ class TrainConfig(ABC):
     lr_decay: float = 0.1  # factor of each drop
     warmup: Literal["constant", "linear"] = "constant"  # lr starts at warmup_factor * lr, flat or rising
     warmup_steps: int = 500  # its length, at most a tenth of the run ...
-    warmup_epochs: float | None = None  # ... or in passes over the training images, which a run turns into warmup_steps
+    warmup_epochs: float | None = None  # ... or in passes over the training images, from which a run counts the steps
     warmup_factor: float = 1 / 3  # lr's first factor
     # optimiser
     lr: float | None = None  # taken as it is; unset: paper_lr * batch_size / paper_batch_size
@@ -229,8 +229,8 @@ def total_steps(config: TrainConfig, images: int) -> int:
 
 
 def with_warmup_steps(config: ConfigType, images: int) -> ConfigType:
-    """The configuration whose `warmup_epochs`, where set, have become `warmup_steps`, for that many training images."""
+    """The configuration whose `warmup_steps` are its `warmup_epochs`, where these are set, of that many images."""
     if config.warmup_epochs is None:
         return config
     steps = round(config.warmup_epochs * images / config.batch_size)
-    return replace(config, warmup_steps=steps, warmup_epochs=None)
+    return replace(config, warmup_steps=steps)

@@ -168,6 +168,7 @@ def differences(measured: Measurement, wanted: TrainConfig, images: Mapping[str,
     for field in describe_fields(type(wanted)):
         mine, theirs = getattr(measured.config, field.name), getattr(wanted, field.name)
         free = field.section in FREE_SECTIONS and field.name not in BINDING
+        free |= field.name == "warmup_steps" and wanted.warmup_epochs is not None  # a run counts them from its epochs
         if field.name != "data" and not free and mine != theirs:
             found.append(f"{field.name} {_shown(mine)} instead of {_shown(theirs)}")
     data = Path(wanted.data).name

@@ -96,6 +96,15 @@ def test_steps_and_epochs_replace_each_other(argv: list[str], steps: int | None,
     assert (config.steps, config.epochs) == (steps, epochs)
 
 
+def test_a_warmup_in_steps_replaces_the_one_in_epochs() -> None:
+    presets = {"a": Config(warmup_epochs=5.0)}
+    config = cli.resolve(presets, "toy", {}, {"warmup_steps": 7})
+    assert (config.warmup_steps, config.warmup_epochs) == (7, None)
+    again = cli.resolve(presets, "toy", {"warmup_steps": 7, "warmup_epochs": 2.0}, {})  # as a run writes it
+    assert (again.warmup_steps, again.warmup_epochs) == (7, 2.0)
+    assert cli.resolve(presets, "toy", {}, {}).warmup_epochs == 5.0
+
+
 def test_flag_replaces_the_files_length(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 3\n")

@@ -215,6 +215,9 @@ def test_differences_by_hand() -> None:
     voc = replace(PRESETS["r50"], data="somewhere/VOCdevkit")
     assert differences(measured(data="VOC07+12"), voc, images) == []
     assert differences(measured(data="VOC07"), voc, images) == ["data VOC07 instead of VOCdevkit"]
+    warm = replace(PRESETS["r50"], warmup_epochs=5.0)
+    assert differences(measured(replace(warm, warmup_steps=9)), warm, images) == []
+    assert differences(measured(replace(PRESETS["r50"], warmup_steps=9)), PRESETS["r50"], images) != []
     other = replace(PRESETS["r50"], steps=240, precision="bf16", milestones=(0.5,), dcn_tower=True, lr=0.02)
     assert differences(measured(other, data="coco_mini"), PRESETS["r50"], images) == [
         "data coco_mini instead of coco",

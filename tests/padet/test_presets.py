@@ -90,7 +90,7 @@ def test_the_default_is_the_paper_s_smaller_model() -> None:
 def test_learning_rate_by_hand(step: int, rate: float) -> None:
     # Check 11, with 1000 steps an epoch
     config = with_warmup_steps(BASE, 32_000)
-    assert (config.warmup_steps, config.warmup_epochs) == (5000, None)
+    assert (config.warmup_steps, config.warmup_epochs) == (5000, 5.0)
     assert lr_at(step, 160_000, config) == pytest.approx(rate, rel=1e-9)
 
 

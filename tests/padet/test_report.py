@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from core.config import with_warmup_steps
 from core.configfile import to_yaml
 from core.errors import UserError
 from core.published import Published, PublishedTable, read_published
@@ -152,7 +153,7 @@ def test_a_full_run_would_stand_in_its_rows(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = replace(PRESETS[preset], preset=preset, data="elsewhere", seed=4)
+    config = replace(with_warmup_steps(PRESETS[preset], 117_266), preset=preset, data="elsewhere", seed=4)
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     images = 5000 if data == "coco" else 4952
     facts = {metric: 0.3987, "APs": 0.1, "data": data, "split": "val", "images": images}
