@@ -31,8 +31,7 @@ def main() -> None:
     described, use = read_own(arguments, "padet", Config), ""
     if arguments.size and arguments.size != described.config.size:
         described = resized(described, arguments.size)
-        preset = described.config.preset or "vgg16_384"
-        use = f"train it: python -m padet.train --preset {preset} --size {arguments.size} --weights {arguments.out}"
+        use = f"train it with the flags of its run and --size {arguments.size} --weights {arguments.out}"
     write(arguments, "padet", described, PADet, use)
 
 

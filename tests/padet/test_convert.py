@@ -113,7 +113,7 @@ def test_another_size_keeps_what_both_have_and_names_the_rest(
     for name, tensor in new.items():
         assert torch.equal(tensor, old[name] if name in kept else start[name]), name
     assert f"size {one} to {other}: {len(kept)} tensors kept" in said
-    assert f"--preset small --size {other} --weights {out}" in said
+    assert f"--size {other} --weights {out}" in said
 
 
 def test_layers_that_start_at_random_are_named(
