@@ -24,7 +24,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Replaces training; holds the run folders and seeds asked for."""
     calls: list[tuple[str, int]] = []
 
-    def one_run(detector: run.Detector, seed: int, out: Path) -> dict[str, Any]:
+    def one_run(detector: run.Detector, seed: int, out: Path, jobs: int) -> dict[str, Any]:
         calls.append((out.name, seed))
         metrics = {"AP": 0.1 * (seed + 1), "AP50": 0.5, "AP75": 0.2}
         return {"seed": seed, "commands": run.recorded(detector, seed), "seconds": 3.0} | metrics
@@ -57,6 +57,32 @@ def test_runs_of_another_command_are_made_again(
     result = json.loads((tmp_path / "two.json").read_text())
     assert result["detectors"]["b"]["training"] == "3 x 1 images"
     assert len(result["detectors"]["b"]["runs"]) == 1
+
+
+def test_jobs_at_a_time_give_the_same_file(
+    trained: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = replace(DETECTOR, after="a")
+    comparison = run.Comparison("two.json", 2, "drawn", "free", {"a": DETECTOR, "late": late, "b": DETECTOR})
+    monkeypatch.setitem(run.COMPARISONS, "two", comparison)
+    run.compare("two", 2, tmp_path / "one", tmp_path)
+    run.compare("two", 2, tmp_path / "three", tmp_path, jobs=3)
+    one, three = (json.loads((tmp_path / name / "two.json").read_text()) for name in ("one", "three"))
+    assert list(three["detectors"]) == ["a", "late", "b"]
+    assert three["detectors"] == one["detectors"]
+    assert sorted(trained[6:]) == sorted(trained[:6])
+
+
+def test_a_failing_run_ends_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = run.Detector("", ("no_such_module",), "")
+    monkeypatch.setitem(run.COMPARISONS, "bad", run.Comparison("bad.json", 1, "", "", {"x": broken, "y": broken}))
+    with pytest.raises(UserError, match="python -m no_such_module failed"):
+        run.compare("bad", 1, tmp_path, tmp_path, jobs=2)
+
+
+def test_numbers_inside_numbers() -> None:
+    assert run.number({"a": {"b": 1}, "c": 2}, "a.b") == 1
+    assert run.number({"a": {"b": 1}, "c": 2}, "c") == 2
 
 
 def test_summary_by_hand() -> None:
@@ -138,10 +164,11 @@ def test_alignment_is_kept_beside_the_metrics(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(run.subprocess, "run", work)
     monkeypatch.setattr(run, "commit", lambda: "c0ffee")
-    both = run.Detector("few", ("x.train",), "{out}/numbers.json", alignment="{out}/../both-0/numbers.json")
+    again = "{out}/../both-0/numbers.json"
+    both = run.Detector("few", ("x.train",), "{out}/numbers.json", analyses={again: run.ALIGNMENT})
     kept = run.one_run(both, 0, tmp_path / "both-0")
     assert {name: kept[name] for name in found} == found
-    assert "correct" not in run.one_run(replace(both, alignment=""), 0, tmp_path / "both-0")
+    assert "correct" not in run.one_run(replace(both, analyses={}), 0, tmp_path / "both-0")
     mean, std = (run.summary(both, [kept, {**kept, "seed": 1, "error": 9}])[part] for part in ("mean", "std"))
     assert (mean["rank_correlation"], mean["error"], mean["AP"]) == (None, 8, pytest.approx(0.1))
     assert (std["rank_correlation"], std["error"]) == (None, pytest.approx(1.4142136))
