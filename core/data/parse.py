@@ -8,11 +8,11 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,31 +25,31 @@ CHUNK = 2**18  # bytes of JSON decoded at once; stays in the processor's cache
 TOLERATED = 1000  # up to one in so many boxes may be empty or outside; they are dropped. COCO train2017 has two
 MAX_SIDE = 2**24  # pixels of an image's side
 BETWEEN_OBJECTS = re.compile(rb"\}\s*,\s*\{")
-BAD_NAME = re.compile(r"^$|^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\x00-\x1f\x7f]")
+BAD_NAME = re.compile(r"^$|^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\\\x00-\x1f\x7f\ud800-\udfff]")
 NOT_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 _INTEGERS = ("id", "image_id", "category_id", "iscrowd")  # of an annotation
 _NO_BYTES = np.zeros(0, np.uint8)
 
 
-class _File(msgspec.Struct):
+class AnnotationFile(msgspec.Struct):
     images: msgspec.Raw
     annotations: msgspec.Raw
     categories: msgspec.Raw
     licenses: msgspec.Raw = msgspec.Raw(b"[]")
 
 
-class _ImageInfo(_File, kw_only=True):
+class ImageInfoFile(AnnotationFile, kw_only=True):
     annotations: msgspec.Raw = msgspec.Raw(b"[]")
 
 
-class _Image(msgspec.Struct, gc=False):
+class ImageEntry(msgspec.Struct, gc=False):
     id: int
     file_name: str
     height: int
     width: int
 
 
-class _Annotation(msgspec.Struct, gc=False):
+class BoxEntry(msgspec.Struct, gc=False):
     id: int
     image_id: int
     category_id: int
@@ -58,7 +58,7 @@ class _Annotation(msgspec.Struct, gc=False):
     iscrowd: int | bool = 0
 
 
-class _Category(msgspec.Struct):
+class CategoryEntry(msgspec.Struct):
     id: int
     name: str
 
@@ -112,14 +112,14 @@ def parse_coco(path: Path, images: ImageReader, *, annotated: bool = True) -> Ta
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise UserError(f"{path}: cannot be read ({error})") from None
-    parts = _split(path, content, _File if annotated else _ImageInfo)
-    image_entries = _collect_images(path, _entries(path, "image", parts["images"], _Image))
-    box_entries = _collect_boxes(path, _entries(path, "annotation", parts["annotations"], _Annotation))
-    categories = [entry for some in _entries(path, "category", parts["categories"], _Category) for entry in some]
+    parts = split_file(path, content, AnnotationFile if annotated else ImageInfoFile)
+    image_entries = _collect_images(path, entries_of(path, "image", parts["images"], ImageEntry))
+    box_entries = _collect_boxes(path, entries_of(path, "annotation", parts["annotations"], BoxEntry))
+    categories = [entry for some in entries_of(path, "category", parts["categories"], CategoryEntry) for entry in some]
     return build_table(path, image_entries, box_entries, categories, _licence(parts["licenses"]), images)
 
 
-def _split(path: Path, content: mmap.mmap, kind: type[_File]) -> dict[str, Any]:
+def split_file(path: Path, content: mmap.mmap, kind: type[AnnotationFile]) -> dict[str, Any]:
     """The top-level lists of the file as undecoded JSON; as Python lists if the file has NaN, which is no JSON."""
     try:
         file = msgspec.json.decode(content, type=kind)
@@ -130,7 +130,7 @@ def _split(path: Path, content: mmap.mmap, kind: type[_File]) -> dict[str, Any]:
         if numbers is None:
             raise UserError(f"{path}: no valid JSON ({error})") from None
         return numbers
-    return {name: getattr(file, name) for name in _File.__struct_fields__}
+    return {name: getattr(file, name) for name in AnnotationFile.__struct_fields__}
 
 
 def _with_nan(content: mmap.mmap) -> dict[str, Any] | None:
@@ -139,23 +139,47 @@ def _with_nan(content: mmap.mmap) -> dict[str, Any] | None:
         return None
     try:
         parts = json.loads(content[:])
-        return {name: parts.get(name, []) for name in _File.__struct_fields__}
+        return {name: parts.get(name, []) for name in AnnotationFile.__struct_fields__}
     except (ValueError, RecursionError, AttributeError):
         return None
 
 
-Entry = TypeVar("Entry", _Image, _Annotation, _Category)
+Entry = TypeVar("Entry", ImageEntry, BoxEntry, CategoryEntry)
 
 
-def _entries(path: Path, what: str, part: msgspec.Raw | list[Any], kind: type[Entry]) -> Iterator[list[Entry]]:
-    """The entries of a top-level list, a few megabytes at a time."""
+def entries_of(path: Path, what: str, part: msgspec.Raw | list[Any], kind: type[Entry]) -> Iterator[list[Entry]]:
+    """The entries of a top-level list, a few megabytes at a time. UserError for one of another form."""
     if not isinstance(part, msgspec.Raw):
         yield _convert(path, what, part, kind)
         return
+
+    def refuse(chunk: bytes, before: int, error: msgspec.ValidationError) -> NoReturn:
+        raise _wrong_entry(path, what, _plain(chunk), before, error) from None
+
+    yield from decoded_chunks(path, what, part, kind, refuse)
+
+
+Wrong = Callable[[bytes, int, msgspec.ValidationError], list[Any]]
+
+
+def decoded_chunks(path: Path, what: str, part: msgspec.Raw, kind: Any, wrong: Wrong) -> Iterator[list[Any]]:
+    """The entries of a top-level list, a few megabytes at a time.
+
+    Args:
+        path: the file, for messages.
+        what: the entries are, for messages.
+        part: the list.
+        kind: of an entry.
+        wrong: gives the entries of a part in which one is of another kind, from the part (a list of whole entries), the
+            number of entries before it and what is wrong; as many as there are.
+
+    Raises:
+        UserError: no list, or no JSON.
+    """
     raw = memoryview(part)
     if bytes(raw[:1]) != b"[":
         raise UserError(f"{path}: the {what} entries must be a list, got {bytes(raw[:40]).decode(errors='replace')}")
-    decoder = msgspec.json.Decoder(list[kind])  # type: ignore[valid-type]
+    decoder = msgspec.json.Decoder(list[kind])
     position, length, before, end = 1, CHUNK, 0, len(raw) - 1
     while position < end:
         border = BETWEEN_OBJECTS.search(raw, position + length) if position + length < end else None
@@ -163,7 +187,10 @@ def _entries(path: Path, what: str, part: msgspec.Raw | list[Any], kind: type[En
         try:
             entries = decoder.decode(chunk)
         except msgspec.ValidationError as error:
-            raise _wrong_entry(path, what, _plain(chunk), before, error) from None
+            if border is not None and not _is_list(chunk):
+                length *= 2
+                continue
+            entries = wrong(chunk, before, error)
         except NOT_JSON as error:
             if border is None:
                 raise UserError(f"{path}: no valid JSON among the {what} entries ({error})") from None
@@ -171,6 +198,14 @@ def _entries(path: Path, what: str, part: msgspec.Raw | list[Any], kind: type[En
             continue
         yield entries
         position, length, before = border.end() - 1 if border else end, CHUNK, before + len(entries)
+
+
+def _is_list(chunk: bytes) -> bool:
+    try:
+        msgspec.json.decode(chunk, type=msgspec.Raw)
+    except NOT_JSON:
+        return False
+    return True
 
 
 def _plain(chunk: bytes) -> list[Any]:
@@ -189,7 +224,7 @@ def _convert(path: Path, what: str, part: list[Any], kind: type[Entry]) -> list[
     except msgspec.ValidationError as error:
         raise _wrong_entry(path, what, part, 0, error) from None
     for entry in entries:
-        if isinstance(entry, _Annotation) and entry.area is not None and math.isnan(entry.area):
+        if isinstance(entry, BoxEntry) and entry.area is not None and math.isnan(entry.area):
             raise UserError(f"{path}: annotation {entry.id}: area nan is no area")
     return entries
 
@@ -221,7 +256,7 @@ def _integers(path: Path, what: str, entries: list[Entry], field: str) -> Int64[
         raise UserError(f"{path}: {what} {entry.id}: {field} is {getattr(entry, field)}, beyond 64 bits") from None
 
 
-def _collect_images(path: Path, chunks: Iterator[list[_Image]]) -> Images:
+def _collect_images(path: Path, chunks: Iterator[list[ImageEntry]]) -> Images:
     """Image entries as arrays. UserError for a file name that is no plain path below the folder of images."""
     integers: list[Int64[np.ndarray, "3 n"]] = [np.zeros((3, 0), np.int64)]
     lengths: list[Int64[np.ndarray, " n"]] = [np.zeros(1, np.int64)]
@@ -241,7 +276,7 @@ def _collect_images(path: Path, chunks: Iterator[list[_Image]]) -> Images:
     return Images(ids, heights, widths, np.cumsum(np.concatenate(lengths)), np.concatenate([*names, _NO_BYTES]))
 
 
-def _collect_boxes(path: Path, chunks: Iterator[list[_Annotation]]) -> Boxes:
+def _collect_boxes(path: Path, chunks: Iterator[list[BoxEntry]]) -> Boxes:
     """Annotation entries as arrays."""
     integers: list[Int64[np.ndarray, "4 n"]] = [np.zeros((4, 0), np.int64)]
     xywh: list[Float64[np.ndarray, "n 4"]] = [np.zeros((0, 4))]
@@ -266,7 +301,7 @@ def _licence(part: msgspec.Raw | list[Any]) -> str:
 
 
 def build_table(
-    path: Path, images: Images, boxes: Boxes, categories: list[_Category], licence: str, reader: ImageReader
+    path: Path, images: Images, boxes: Boxes, categories: list[CategoryEntry], licence: str, reader: ImageReader
 ) -> Table:
     """Validates the entries of a file against each other and packs them, boxes ordered by image."""
     _check_categories(path, categories)
@@ -321,7 +356,7 @@ def _repeated(ids: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
     return repeated
 
 
-def _check_categories(path: Path, categories: list[_Category]) -> None:
+def _check_categories(path: Path, categories: list[CategoryEntry]) -> None:
     if not categories:
         raise UserError(f"{path}: has no categories")
     ids = [entry.id for entry in categories]
