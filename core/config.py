@@ -75,13 +75,14 @@ class TrainConfig(ABC):
     device: str = "auto"  # cuda if there is one, else cpu
     workers: int = 2  # loader processes of each rank; 0: load in the training process
     precision: Literal["fp32", "bf16"] = "fp32"  # of the network; losses and assignment are always float32
+    accumulate: int = 1  # equal parts in which a rank's images pass the network: less memory, one more forward pass
     compile: bool = False  # torch.compile the network
     deterministic: bool = False  # deterministic kernels, one image per forward at evaluation
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"set exactly one of steps and epochs, got steps {self.steps} and epochs {self.epochs}")
-        self._check_least(1, "batch_size", "channels", "save_every", "log_every", "paper_batch_size")
+        self._check_least(1, "batch_size", "accumulate", "channels", "save_every", "log_every", "paper_batch_size")
         self._check_least(
             0, "workers", "eval_every", "picture_every", "warmup_steps", "warmup_factor", "lr_decay", "momentum"
         )

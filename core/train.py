@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from core import checkpoint, distributed
+from core.accumulation import LossOf, backward_in_parts, total_loss
 from core.config import TrainConfig
 from core.configfile import to_yaml
 from core.errors import UserError
@@ -109,8 +110,8 @@ def fit(
         _say(f"{folder} is a finished run: {_describe_best(state)}")
         return state.best
     _open_folder(folder, config, facts, device)
-    rate = f"learning rate {config.learning_rate:g}"
-    _say(f"{folder}: steps {state.step + 1} to {steps} on {device}, {rate}, commit {facts['commit'][:10]}")
+    _say(f"{folder}: steps {state.step + 1} to {steps} on {device}, commit {facts['commit'][:10]}")
+    _say(describe_batch(config, distributed.world_size()))
     network = wrap(state.model, config, device)
     guard = Guard(torch.full((), NEVER, device=device), {})
     with _open_log(folder, state, steps, config) as log, stop_requests() as stop_asked:
@@ -143,6 +144,17 @@ def fit(
     return state.best
 
 
+def describe_batch(config: TrainConfig, ranks: int) -> str:
+    """Where the learning rate comes from and how the images of a step are shared out, in one line."""
+    rate = f"learning rate {config.learning_rate:g}"
+    if config.lr is None and config.batch_size != config.paper_batch_size:
+        rate += f" ({config.paper_lr:g} x {config.batch_size} / {config.paper_batch_size} images, linear scaling)"
+    share = config.batch_size // (ranks * config.accumulate)
+    shared = [f"{ranks} processes"] * (ranks > 1) + [f"{config.accumulate} parts"] * (config.accumulate > 1)
+    batch = f"{config.batch_size} images a step" + (f" ({' x '.join(shared)} of {share})" if shared else "")
+    return f"{rate}, {batch}"
+
+
 def prepare(model: nn.Module, config: TrainConfig, device: torch.device) -> State:
     """The state before the first step: the model on its device in training mode, its optimiser, its average."""
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -158,11 +170,10 @@ def learn(
     lr = set_lr(state.optimizer, lr_at(state.step - 1, steps, config))
     guard.image_ids[state.step] = batch.image_ids.tolist()
     batch = batch.to(guard.first_bad.device)
-    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        outputs = network(batch.images, batch.sizes)
-    losses = criterion(outputs, batch.targets, state.step, steps)  # casts to float32 itself
-    loss = torch.stack([term for name, term in losses.items() if name.startswith("loss")]).sum()
-    loss.backward()
+    precision = torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    loss_of = lambda outputs, targets: criterion(outputs, targets, state.step, steps)  # noqa: E731
+    losses = backward(network, loss_of, batch, config.accumulate, precision)
+    loss = total_loss(losses)
     norm = clip_gradients(state.model, config.clip_grad_norm)
     mask_nonfinite_step(state.optimizer, loss, norm, state.step, guard)
     state.optimizer.step()
@@ -172,6 +183,19 @@ def learn(
         get_ema_multi_avg_fn(decay)(list(state.average.parameters()), list(state.model.parameters()), None)
     add_up(state, {"loss": loss, **losses, "gradient_norm": norm})
     return lr
+
+
+def backward(
+    network: nn.Module, loss_of: LossOf, batch: Batch, parts: int, precision: torch.autocast
+) -> dict[str, Tensor]:
+    """Forward, loss and backward of this rank's images, in `parts` of them where that is above 1; the loss's terms."""
+    if parts > 1:
+        return backward_in_parts(network, loss_of, batch, parts, precision)
+    with precision:
+        outputs = network(batch.images, batch.sizes)
+    losses = loss_of(outputs, batch.targets)  # casts to float32 itself
+    total_loss(losses).backward()
+    return losses
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
@@ -479,8 +503,14 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 
 def _open_folder(folder: Path, config: TrainConfig, facts: Mapping[str, Any], device: torch.device) -> None:
-    if config.batch_size % distributed.world_size():
-        raise UserError(f"batch_size {config.batch_size} does not divide among {distributed.world_size()} processes")
+    ranks = distributed.world_size()
+    if config.batch_size % ranks:
+        raise UserError(f"batch_size {config.batch_size} does not divide among {ranks} processes")
+    if config.batch_size % (ranks * config.accumulate):
+        share = config.batch_size // ranks
+        raise UserError(
+            f"accumulate {config.accumulate} does not divide the {share} images of a process into equal parts"
+        )
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("config.yaml", LOG):
