@@ -1,9 +1,26 @@
 """Files that are whole at every moment (imports no torch)."""
 
+import errno
 import os
+import stat
 from pathlib import Path
+from typing import IO
 
 from core.errors import UserError
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A file of the user's, opened for reading; links are followed.
+
+    Raises:
+        OSError: missing, not readable, or no plain file: reading a device or a pipe might never end.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "is a device or pipe, no plain file", str(path))
+    return path.open("rb")
 
 
 def replace_file(path: Path, data: bytes, keep_as: Path | None = None) -> None:

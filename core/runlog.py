@@ -29,7 +29,10 @@ MACHINE_FIELDS = (
     "eta_seconds",
     "gpu_memory_mb",
 )  # the only log fields that two equal runs differ in
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pycocotools", "faster-coco-eval", "msgspec", "safetensors")
+PACKAGES = (
+    *("torch", "torchvision", "numpy", "pillow", "simplejpeg"),
+    *("pycocotools", "faster-coco-eval", "msgspec", "safetensors"),
+)
 COLOURS = ("#1f5fa8", "#d9702b", "#2f8f5b", "#8a4fa3", "#b5343c", "#6b6b6b")
 
 
