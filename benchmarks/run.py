@@ -200,14 +200,14 @@ PADET = {
 }
 
 # PADet trained until it is of use, and the balance of its anchors (Fig. 1 of its paper) in augmented training batches.
-PADET_LONG = f"{BCCD_START} --no-voc-one-based --size 384 {PADET_RUN} --steps 500 --batch-size 8"
+PADET_LONG = f"{BCCD_START} --no-voc-one-based {PADET_RUN} --steps 720 --batch-size 8"
 PADET_BALANCE = tuple(
     f"settings.{setting}.{name}"
     for setting in ("initial", "APM_C", "APM_R", "APM_CR")
     for name in ("positives", "negatives", "negatives_per_positive")
 )
 PADET_COUNT = f"--data {PADET_DATA} --steps 50 --out {{out}}/balance.json"
-padet_long = trained("padet", "500 x 8 images of 384 px, bf16", PADET_DATA, PADET_LONG, "test", also=("VOC07",))
+padet_long = trained("padet", "720 x 8 images of 192 px, bf16", PADET_DATA, PADET_LONG, "test", also=("VOC07",))
 padet_long = replace(
     padet_long,
     commands=(*padet_long.commands, f"padet.statistics {{out}}/best.pt {PADET_COUNT}"),
