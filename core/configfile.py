@@ -12,6 +12,7 @@ import math
 import textwrap
 import tokenize
 import types
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,7 +20,11 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 import yaml
 
 from core.config import TrainConfig
-from core.errors import UserError, nearest
+from core.errors import UserError, nearest, shown
+from core.files import open_regular
+
+MAX_YAML = 2**18  # bytes; a configuration has a few thousand
+MAX_SCALAR = 2000  # characters of a value: Python can write a whole number of as many hexadecimal digits
 
 ConfigType = TypeVar("ConfigType", bound=TrainConfig)
 
@@ -103,13 +108,13 @@ def convert(value: object, annotation: Any) -> Any:
         return _several(value, inner)
     if inner is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"must be true or false, got {value!r}")
+            raise ValueError(f"must be true or false, got {shown(value)}")
         return value
     if inner in (int, float):
         return _number(value, inner)
     if isinstance(value, str) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return str(value)
-    raise ValueError(f"must be text, got {value!r}; put it in quotes")
+    raise ValueError(f"must be text, got {shown(value)}; put it in quotes")
 
 
 def _choice(value: object, choices: tuple[Any, ...]) -> Any:
@@ -117,17 +122,17 @@ def _choice(value: object, choices: tuple[Any, ...]) -> Any:
         if str(value) == str(choice):
             return choice
     words = [str(choice) for choice in choices]
-    raise ValueError(f"must be one of {', '.join(words)}, got {value!r}{nearest(str(value), words)}")
+    raise ValueError(f"must be one of {', '.join(words)}, got {shown(value)}{nearest(str(value), words)}")
 
 
 def _several(value: object, annotation: Any) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"must be a list, got {value!r}")
+        raise ValueError(f"must be a list, got {shown(value)}")
     parts = get_args(annotation)
     if parts[-1] is Ellipsis:
         return tuple(convert(part, parts[0]) for part in value)
     if len(value) != len(parts):
-        raise ValueError(f"must have {len(parts)} values, got {value!r}")
+        raise ValueError(f"must have {len(parts)} values, got {shown(value)}")
     return tuple(convert(part, kind) for part, kind in zip(value, parts, strict=True))
 
 
@@ -136,9 +141,9 @@ def _number(value: object, kind: type) -> int | float:
     try:
         number = _parse_number(value)
     except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"must be {wanted}, got {value!r}") from None
+        raise ValueError(f"must be {wanted}, got {shown(value)}") from None
     if kind is int and number != int(number):
-        raise ValueError(f"must be {wanted}, got {value!r}")
+        raise ValueError(f"must be {wanted}, got {shown(value)}")
     return kind(number)
 
 
@@ -198,7 +203,7 @@ def _convert_fields(values: Mapping[object, object], cls: type[TrainConfig], sou
     converted = {}
     for key, value in values.items():
         if key not in fields:
-            raise UserError(f"{source}: unknown field {key!r}{nearest(str(key), fields)}")
+            raise UserError(f"{source}: unknown field {shown(key)}{nearest(str(key), fields)}")
         try:
             converted[str(key)] = convert(value, fields[str(key)].annotation)
         except ValueError as error:
@@ -213,7 +218,7 @@ def read_mapping(path: Path, what: str = "configuration file") -> dict[Any, Any]
         UserError: missing, not YAML, with aliases or repeated keys, or no mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        content = yaml.load(_text(path), Loader=_StrictLoader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what}") from None
     except OSError as error:
@@ -230,21 +235,35 @@ def read_mapping(path: Path, what: str = "configuration file") -> dict[Any, Any]
     return content
 
 
+def _text(path: Path) -> str:
+    with open_regular(path) as file:
+        content = file.read(MAX_YAML + 1)
+    if len(content) > MAX_YAML:
+        raise ValueError(f"has more than {MAX_YAML:,} bytes")
+    return content.decode()
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses a field written twice and has no aliases (nested ones explode in memory)."""
+    """PyYAML's safe loader, which refuses a field written twice and endless values.
+
+    It has no aliases: nested ones explode in memory.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """A node of the file; an alias is refused."""
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+        """A node of the file; an alias and a very long value are refused."""
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR:
+            length = f"a value of {len(event.value):,} characters"
+            raise yaml.constructor.ConstructorError(None, None, length, event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """A mapping; a field that is written twice is refused."""
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
-            keys = [str(key.value) for key, _ in node.value]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is set twice", node.start_mark)
+            keys = Counter(str(key.value) for key, _ in node.value)
+            twice = keys.most_common(1)[0][0]
+            raise yaml.constructor.ConstructorError(None, None, f"{shown(twice)} is set twice", node.start_mark)
         return mapping

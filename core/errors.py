@@ -11,6 +11,12 @@ class UserError(Exception):
     """
 
 
+def shown(value: object) -> str:
+    """A value as a message shows it: at most 60 characters of its `repr`."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'r50_1x'?` for a misspelt word, or the empty string when nothing known is near."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -8,6 +8,7 @@ import json
 import math
 import mmap
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
 from operator import attrgetter
@@ -20,6 +21,7 @@ from jaxtyping import Bool, Float64, Int64, UInt8
 
 from core.data.table import Category, ImageReader, Table, cached_table, pack_names
 from core.errors import UserError
+from core.files import open_regular
 
 CHUNK = 2**18  # bytes of JSON decoded at once; stays in the processor's cache
 TOLERATED = 1000  # up to one in so many boxes may be empty or outside; they are dropped. COCO train2017 has two
@@ -108,10 +110,11 @@ def open_annotations(path: Path, images: ImageReader, *, annotated: bool = True)
 def parse_coco(path: Path, images: ImageReader, *, annotated: bool = True) -> Table:
     """Parses and validates a COCO annotation file. UserError as in `open_annotations`."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot be read ({reason})") from None
     parts = split_file(path, content, AnnotationFile if annotated else ImageInfoFile)
     image_entries = _collect_images(path, entries_of(path, "image", parts["images"], ImageEntry))
     box_entries = _collect_boxes(path, entries_of(path, "annotation", parts["annotations"], BoxEntry))
@@ -253,7 +256,8 @@ def _integers(path: Path, what: str, entries: list[Entry], field: str) -> Int64[
         return np.fromiter(map(attrgetter(field), entries), np.int64, len(entries))
     except OverflowError:
         entry = next(entry for entry in entries if abs(int(getattr(entry, field))) >= 2**63)
-        raise UserError(f"{path}: {what} {entry.id}: {field} is {getattr(entry, field)}, beyond 64 bits") from None
+        value = _short(getattr(entry, field))
+        raise UserError(f"{path}: {what} {_short(entry.id)}: {field} is {value}, beyond 64 bits") from None
 
 
 def _collect_images(path: Path, chunks: Iterator[list[ImageEntry]]) -> Images:
@@ -359,12 +363,12 @@ def _repeated(ids: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
 def _check_categories(path: Path, categories: list[CategoryEntry]) -> None:
     if not categories:
         raise UserError(f"{path}: has no categories")
-    ids = [entry.id for entry in categories]
+    counts = Counter(entry.id for entry in categories)
     for entry in categories:
         if not -(2**63) <= entry.id < 2**63:
-            raise UserError(f"{path}: category {entry.name!r}: id is {entry.id}, beyond 64 bits")
-        if ids.count(entry.id) > 1:
-            names = ", ".join(repr(other.name) for other in categories if other.id == entry.id)
+            raise UserError(f"{path}: category {_short(entry.name)}: id is {_short(entry.id)}, beyond 64 bits")
+        if counts[entry.id] > 1:
+            names = ", ".join([_short(other.name) for other in categories if other.id == entry.id][:3])
             raise UserError(f"{path}: category {entry.id}: the id is used for {names}")
 
 

@@ -11,7 +11,7 @@ from core.data.images import ImageFolder
 from core.data.parse import open_annotations
 from core.data.table import Category, Table, warn
 from core.data.voc import find_voc, open_voc
-from core.errors import UserError, nearest
+from core.errors import UserError, nearest, shown
 from core.shapes import SPLITS as SHAPES_SPLITS
 from core.shapes import shapes_table
 
@@ -190,12 +190,12 @@ def yaml_files(path: Path) -> dict[str, tuple[Path, Path]]:
 
 def _check_keys(path: Path, where: str, entry: Any, known: tuple[str, ...], required: tuple[str, ...]) -> None:
     if not isinstance(entry, dict):
-        raise UserError(f"{path}: {where} must be a mapping with {', '.join(known)}, got {entry!r}")
+        raise UserError(f"{path}: {where} must be a mapping with {', '.join(known)}, got {shown(entry)}")
     for key, value in entry.items():
         if key not in known:
-            raise UserError(f"{path}: {where} has an unknown key {key!r}{nearest(str(key), known)}")
-        if required and (not isinstance(value, str) or "\0" in value):
-            raise UserError(f"{path}: {where}.{key} must be a path, got {value!r}")
+            raise UserError(f"{path}: {where} has an unknown key {shown(key)}{nearest(str(key), known)}")
+        if required and not (isinstance(value, str) and value.isprintable()):
+            raise UserError(f"{path}: {where}.{key} must be a path, got {shown(value)}")
     for key in required:
         if key not in entry:
             raise UserError(f"{path}: {where} lacks {key!r}")

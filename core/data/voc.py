@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
@@ -26,6 +27,7 @@ from core.data.images import ImageFolder
 from core.data.parse import BAD_NAME, MAX_SIDE
 from core.data.table import Category, Table, cached_table, pack_names, warn
 from core.errors import UserError
+from core.files import open_regular
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -36,6 +38,7 @@ LISTS = Path("ImageSets", "Main")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 RULES = 1  # of reading; a change makes cached tables stale
 MAX_BYTES = 2**24  # of an XML file
+MAX_NAME = 200  # characters of an image's name
 MAX_NUMBER = 2**31  # a corner beyond is in no image
 DECLARATION = re.compile(r"<!(?:DOCTYPE|ENTITY)")  # could make a small file expand to gigabytes, or read another one
 VOC_NAME = re.compile(r"[0-9]{6}|[12][0-9]{3}_[0-9]{6}", re.ASCII)
@@ -132,12 +135,14 @@ def _read_list(path: Path, year: str) -> list[Entry]:
         raise UserError(f"{path}: cannot be read as a list of image names ({error})") from None
     names = [line.strip() for line in lines if line.strip()]
     for number, name in enumerate(names, start=1):
-        if BAD_NAME.search(name) or "/" in name:
-            raise UserError(f"{path}: name {number} is {name!r}; it must be a file name without folder and suffix")
+        if BAD_NAME.search(name) or "/" in name or len(name) > MAX_NAME:
+            raise UserError(
+                f"{path}: name {number} is {_short(name)}; it must be a file name without folder and suffix"
+            )
     repeated = len(names) - len(set(names))
     if repeated:
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise UserError(f"{path}: lists {twice!r} twice (and {repeated - 1} more like it)")
+        twice = Counter(names).most_common(1)[0][0]
+        raise UserError(f"{path}: lists {_short(twice)} twice (and {repeated - 1} more like it)")
     return [Entry(year, name) for name in names]
 
 
@@ -298,7 +303,7 @@ def read_annotation(path: Path) -> Annotation:
     root = _root(path)
     file_name = _text(path, root, "filename", "")
     if BAD_NAME.search(file_name) or "/" in file_name:
-        raise UserError(f"{path}: filename {file_name!r} must be the name of a file in JPEGImages")
+        raise UserError(f"{path}: filename {_short(file_name)} must be the name of a file in JPEGImages")
     size = root.find("size")
     if size is None:
         raise UserError(f"{path}: lacks size")
@@ -312,7 +317,8 @@ def read_annotation(path: Path) -> Annotation:
 def _root(path: Path) -> ElementTree.Element:
     """The root of an XML file without declarations; decoded here, so that no encoding can hide one."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with open_regular(path) as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected an annotation file of VOC") from None
     except UnicodeDecodeError:
@@ -324,7 +330,9 @@ def _root(path: Path) -> ElementTree.Element:
     except ElementTree.ParseError as error:
         raise UserError(f"{path}: no valid XML ({error})") from None
     if root.tag != "annotation":
-        raise UserError(f"{path}: no annotation file of VOC: its outermost element is {root.tag!r}, not 'annotation'")
+        raise UserError(
+            f"{path}: no annotation file of VOC: its outermost element is {_short(root.tag)}, not 'annotation'"
+        )
     return root
 
 
@@ -338,7 +346,7 @@ def _read_object(path: Path, element: ElementTree.Element, where: str, into: Ann
     xmin, ymin, xmax, ymax = (_corner(path, box, field, where) for field in CORNERS)
     difficult = (element.findtext("difficult") or "0").strip()
     if difficult not in ("0", "1"):
-        raise UserError(f"{path}: {where}: difficult is {difficult!r}, neither 0 nor 1")
+        raise UserError(f"{path}: {where}: difficult is {_short(difficult)}, neither 0 nor 1")
     shown = f"bndbox [{xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}] (xmin, ymin, xmax, ymax)"
     if xmax < xmin or ymax < ymin:
         raise UserError(f"{path}: {where}: {shown} ends before it begins")

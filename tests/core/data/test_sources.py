@@ -83,6 +83,9 @@ ENTRY = {"images": "coco/val2017", "annotations": "coco/annotations/instances_va
         ("train: &a {images: b, annotations: c}\nval: *a", "aliases are not allowed"),
         ("train: {images: a, annotations: b}\ntrain: {images: a, annotations: c}", "'train' is set twice"),
         ('train: {images: "a\\0b", annotations: c}', "must be a path"),
+        ('train: {images: "\\e[31m", annotations: c}', "must be a path"),
+        ("train: 0x" + "f" * 5000, "line 1: not a YAML file of fields: a value of 5,002 characters"),
+        ("a: b\n" * 60_000, "has more than 262,144 bytes"),
     ],
 )
 def test_wrong_yaml(tmp_path: Path, folder: Path, text: str, line: str) -> None:
