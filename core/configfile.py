@@ -251,12 +251,13 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """A node of the file; an alias and a very long value are refused."""
-        event: Any = self.peek_event()
+        event = self.peek_event()
+        mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", mark)
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR:
             length = f"a value of {len(event.value):,} characters"
-            raise yaml.constructor.ConstructorError(None, None, length, event.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, length, mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
