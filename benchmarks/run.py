@@ -7,6 +7,7 @@
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run tood-bccd              # TOOD's table 6, likewise, 3 seeds
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run padet-bccd             # rows of PADet's, likewise
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run padet-trained          # PADet trained longer, and Fig. 1
+    ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run padet-initial          # Fig. 1 without training, on COCO
     python -m benchmarks.run quick                                               # the README's first command
 
 The file is written after every run. A comparison that was cut off goes on with the run it had not finished; a run made
@@ -47,7 +48,7 @@ class Detector:
 
     training: str  # for the table
     commands: tuple[str, ...]  # modules and their arguments
-    metrics: str  # JSON file with the test metrics that the commands leave, {out} filled in
+    metrics: str  # JSON file with the test metrics that the commands leave, {out} filled in; empty: nothing is tested
     analyses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # further files; numbers kept, a.b for b in a
     also: tuple[str, ...] = ()  # kept of the test metrics beside `METRICS`
     logged: tuple[str, ...] = ()  # kept of the run's training log, as means over its last quarter
@@ -207,7 +208,17 @@ PADET_BALANCE = tuple(
     for name in ("positives", "negatives", "negatives_per_positive")
 )
 PADET_COUNT = f"--data {PADET_DATA} --steps 50 --out {{out}}/balance.json"
-padet_long = trained("padet", "720 x 8 images of 192 px, bf16", PADET_DATA, PADET_LONG, "test", also=("VOC07",))
+INITIAL = ("boxes", *(name for name in PADET_BALANCE if ".initial." in name))
+COUNT_INITIAL = f"--preset vgg16_384 --data {SHARED}/data/coco_mini.yaml --steps 40 --out {{out}}/balance.json"
+padet_initial = Detector(
+    "none: 40 x 32 training images, augmented",
+    (f"padet.statistics {COUNT_INITIAL}",),
+    "",
+    analyses={"{out}/balance.json": INITIAL},
+)
+LONG = "720 x 8 images of 192 px, bf16"
+padet_long = trained("padet", LONG, PADET_DATA, PADET_LONG, "test", also=("VOC07",))
+baseline_long = trained("padet", LONG, PADET_DATA, f"{PADET_LONG} {PADET_FLAGS['baseline']}", "test", also=("VOC07",))
 padet_long = replace(
     padet_long,
     commands=(*padet_long.commands, f"padet.statistics {{out}}/best.pt {PADET_COUNT}"),
@@ -272,7 +283,14 @@ COMPARISONS = {
         seeds=1,
         data=BCCD_DATA,
         licence_note=ABLATION_NOTE,
-        detectors={"padet": padet_long},
+        detectors={"padet": padet_long, "baseline": baseline_long},
+    ),
+    "padet-initial": Comparison(
+        file="padet_initial.json",
+        seeds=1,
+        data="coco_mini: 160 training images of COCO 2017",
+        licence_note=COCO_NOTE[: COCO_NOTE.index(" Weights")],
+        detectors={"initial": padet_initial},
     ),
     "coco-memorise": Comparison(
         file="coco_memorise.json",
@@ -385,7 +403,8 @@ def one_run(detector: Detector, seed: int, out: Path, jobs: int = 1) -> dict[str
 
 def sources(detector: Detector) -> dict[str, tuple[str, ...]]:
     """The files that a detector's numbers stand in, and which are kept of each."""
-    return {detector.metrics: (*METRICS, *detector.also), **detector.analyses}
+    metrics = {detector.metrics: (*METRICS, *detector.also)} if detector.metrics else {}
+    return {**metrics, **detector.analyses}
 
 
 def number(content: Any, name: str) -> Any:

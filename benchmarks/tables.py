@@ -217,6 +217,40 @@ def padet_table(results: Path) -> str:
     return beside_first(results, "padet_bccd.json", PADET_ROWS, columns)
 
 
+PADET_COCO = "160 images of COCO, augmented, VGG-16 at 384"
+BALANCES = {"initial": 625.0, "APM_C": 66.0, "APM_R": 105.0, "APM_CR": 9.7}  # Fig. 1: negatives to a positive
+COCO_OBJECTS = 7.3  # of an image of COCO train2017 that has any
+
+
+def padet_trained_table(results: Path) -> str:
+    """PADet and its baseline, trained three times as long as the rows of its ablation."""
+    rows = [
+        ("padet_bccd.json", "baseline", "baseline: neither APM nor FAM"),
+        ("padet_bccd.json", "all", "PADet"),
+        ("padet_trained.json", "baseline", "baseline, three times as long"),
+        ("padet_trained.json", "padet", "PADet, three times as long"),
+    ]
+    return detector_table(results, rows)
+
+
+def padet_balance_table(results: Path) -> str:
+    """Fig. 1 of PADet's paper: negatives to a positive, by what has been promoted."""
+    rows = [["the paper, COCO", *(f"1 : {ratio:g}" for ratio in BALANCES.values())]]
+    coco, cells = read_result(results / "padet_initial.json"), read_result(results / "padet_trained.json")
+    initial, scaled = NOT_MEASURED, NOT_MEASURED
+    if coco:
+        mean = coco["detectors"]["initial"]["mean"]
+        ratio = mean["settings.initial.negatives_per_positive"]
+        initial, scaled = f"1 : {ratio:.0f}", f"1 : {ratio * mean['boxes'] / COCO_OBJECTS:.0f}"
+    rows += [[PADET_COCO, initial, *[""] * 3], [f"the same at {COCO_OBJECTS} objects an image", scaled, *[""] * 3]]
+    measured = [NOT_MEASURED] * 4
+    if cells:
+        mean = cells["detectors"]["padet"]["mean"]
+        measured = [f"1 : {mean[f'settings.{name}.negatives_per_positive']:.1f}" for name in BALANCES]
+    rows.append(["blood cells, the trained model above", *measured])
+    return markdown(["images", "initial anchors", "APM scores", "APM boxes", "both"], rows)
+
+
 def balance(measured: dict[str, Any]) -> str:
     """`1 : 9.7`: negatives for each positive that a detector learned from late in training."""
     return f"1 : {measured['mean']['negatives'] / measured['mean']['positives']:.1f}"
@@ -465,8 +499,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "coco": coco_table,
     "dynamic-bccd": dynamic_table,
     "dynamic-presets": dynamic_presets_table,
+    "padet-balance": padet_balance_table,
     "padet-bccd": padet_table,
     "padet-presets": padet_presets_table,
+    "padet-trained": padet_trained_table,
     "presets": presets_table,
     "quick": quick_table,
     "speed": speed_table,

@@ -65,15 +65,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         sums = add_up(initial_sums(Targets(*(part.to(device) for part in some)), config) for some in targets)
     found = {name: describe(values) for name, values in sums.items()}
     print("\n".join(report_lines(found)))
-    facts = {"data": data.name, "split": split, "steps": arguments.steps, "size": config.size}
+    boxes = boxes_per_image(table)
+    facts = {"data": data.name, "split": split, "steps": arguments.steps, "size": config.size, "boxes": boxes}
     out = arguments.out or (arguments.weights.parent / RESULT.format(split=split) if trained else None)
     where = f"means over {found['initial']['images']} images with objects of {data.name} {split}"
+    where += f", where an image has {boxes:.1f} before augmentation" if arguments.steps else ""
     print(f"{where}; written to {out}" if out else where)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         source = str(arguments.weights) if trained else None
         write_json(out, {"settings": found, "weights": source, "preset": arguments.preset, **facts})
     return found
+
+
+def boxes_per_image(table: Table) -> float:
+    """Mean number of annotated objects of the images that have any, which counts of positives follow."""
+    owners = np.repeat(np.arange(len(table.image_ids)), np.diff(table.box_offsets))[~table.crowd]
+    return len(owners) / max(1, len(np.unique(owners)))
 
 
 def preset_config(arguments: argparse.Namespace) -> Config:

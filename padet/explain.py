@@ -17,7 +17,7 @@ from padet.config import Config
 from padet.losses import assign
 from padet.model import Outputs, float32_outputs, promoted_anchors
 
-SCORE_AXIS = "IoU of the promoted anchor with the object (high is good)"
+SCORE_AXIS = "promoted IoU: that of the promoted anchor with the object (high is good)"
 NAMES = np.array(OUTCOMES)
 
 

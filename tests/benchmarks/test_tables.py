@@ -272,3 +272,17 @@ def test_unknown_table_names_the_nearest() -> None:
 def test_tables_are_up_to_date() -> None:
     pages = [tables.ROOT / page for page in tables.PAGES if (tables.ROOT / page).exists()]
     assert tables.update(pages, tables.RESULTS, check=True) == []
+
+
+def test_balance_of_padet_by_hand(tmp_path: Path) -> None:
+    names = tables.BALANCES
+    ratios = {f"settings.{name}.negatives_per_positive": 10.0 * i for i, name in enumerate(names, start=1)}
+    initial = {"mean": {"settings.initial.negatives_per_positive": 500.0, "boxes": 14.6}}
+    (tmp_path / "padet_initial.json").write_text(json.dumps({"detectors": {"initial": initial}}))
+    (tmp_path / "padet_trained.json").write_text(json.dumps({"detectors": {"padet": {"mean": ratios}}}))
+    rows = tables.padet_balance_table(tmp_path).splitlines()[2:]
+    assert rows[0].endswith("| 1 : 625 | 1 : 66 | 1 : 105 | 1 : 9.7 |")
+    assert "| 1 : 500 |" in rows[1]
+    assert "| 1 : 1000 |" in rows[2]  # twice as many objects as COCO's 7.3
+    assert rows[3].endswith("| 1 : 10.0 | 1 : 20.0 | 1 : 30.0 | 1 : 40.0 |")
+    assert tables.padet_balance_table(tmp_path / "none").count("not measured") == 6

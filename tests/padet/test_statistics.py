@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,17 @@ from core.data.loader import eval_batches
 from core.shapes import shapes_table
 from core.types import Assignment, Targets
 from padet import statistics
-from padet.balance import IOU_NAMES, add_up, count, describe, initial_sums, report_lines, setting_sums, table_targets
+from padet.balance import (
+    IOU_NAMES,
+    add_up,
+    boxes_per_image,
+    count,
+    describe,
+    initial_sums,
+    report_lines,
+    setting_sums,
+    table_targets,
+)
 from padet.config import SMALL, Config
 from padet.model import Outputs, promoted_anchors
 from tests.padet.test_assigner import match_by_loop
@@ -151,3 +162,13 @@ def test_mistakes_are_one_line(
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, *words)
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_objects_of_images_that_have_any() -> None:
+    """Images whose boxes are all crowd have none."""
+    table = shapes_table("val", 3, 0)
+    assert boxes_per_image(table) == len(table.labels) / 3
+    crowd = table.crowd.copy()
+    crowd[table.box_slice(0)] = True
+    assert boxes_per_image(replace(table, crowd=crowd)) == (~crowd).sum() / 2
+    assert boxes_per_image(replace(table, crowd=np.ones_like(crowd))) == 0.0
