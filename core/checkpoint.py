@@ -4,6 +4,7 @@ A file is what `torch.save` writes, followed by a mark and the SHA-256 of everyt
 weights_only=True)` reads it too. Nothing in it can run code, and a flipped, missing or added byte is found.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -102,7 +103,11 @@ def load_latest(folder: str | Path, *, method: str | None = None) -> dict[str, A
             raise
         problem = str(error)
     print(f"warning: {problem}; going on from {previous}", file=sys.stderr)
-    return load(previous, method=method)
+    try:
+        return load(previous, method=method)
+    except CorruptCheckpoint as error:
+        hint = "choose another --out, with --weights best.pt to start from the best model"
+        raise CorruptCheckpoint(f"{problem}; {error}; {hint}") from None
 
 
 def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path) -> None:
@@ -175,6 +180,8 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:
+        if error.errno == errno.EIO:
+            raise CorruptCheckpoint(f"{path}: checkpoint is damaged, the disk cannot read it") from None
         raise UserError(f"{path}: checkpoint cannot be read: {error.strerror}") from None
 
 

@@ -41,7 +41,7 @@ from core.inference import (
     load_start_weights,
     on_validation,
 )
-from core.runlog import write_json
+from core.runlog import write_json, write_text
 from core.train import Picture, fit, seed_everything
 from core.tta import describe_views, paper_views
 from core.types import Batch, Detections
@@ -207,7 +207,7 @@ def predict(
             records.append(prediction_record(source.name, target, image, boxes, scores, labels, trained.categories))
         for record in records:
             os.replace(Path(unfinished, record["drawn"]), out / record["drawn"])
-    (out / "predictions.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "predictions.json", json.dumps(records, indent=1) + "\n")
     count = sum(len(record["detections"]) for record in records)
     print(f"{count} detections with score {arguments.score:g} or more in {len(records)} images, drawn in {out}")
 

@@ -13,7 +13,7 @@ import textwrap
 import tokenize
 import types
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -160,6 +160,33 @@ def _parse_number(value: object) -> int | float:
     if not math.isfinite(number):
         raise ValueError
     return number
+
+
+def changed_flags(old: Mapping[str, Any], config: TrainConfig, free: Collection[str] = ()) -> list[str]:
+    """The options in which a run's configuration differs from an earlier one, in words: `--lr 0.05, now 0.1`.
+
+    Args:
+        old: values by field; one that did not exist then had today's default.
+        config: of now.
+        free: fields that may differ.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    new = dataclasses.asdict(config)
+    before = {**defaults, **old}
+    changed = [name for name in before if name not in free and (name not in new or before[name] != new[name])]
+    return [
+        f"--{name.replace('_', '-')} {_in_words(before[name])}, now {_in_words(new[name]) if name in new else 'gone'}"
+        for name in changed
+    ]
+
+
+def _in_words(value: object) -> str:
+    """A field's value in a line: `0.5 0.75`, `on`, `none`, `''`."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value) or "''"
 
 
 def to_yaml(config: TrainConfig) -> str:

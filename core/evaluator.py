@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float64, Int64
 from core.cli import OneLineParser, run
 from core.data.table import Table
 from core.errors import UserError
+from core.files import replace_file
 from core.geometry import MODERN, Geometry
 
 if TYPE_CHECKING:
@@ -361,7 +362,7 @@ def read_detections(path: Path) -> DetectionArrays:
 
 def write_detections(path: Path, detections: DetectionArrays) -> None:
     """A COCO results file that `read_detections` reads back to the same float64 values."""
-    path.write_bytes(encode_detections(detections))
+    replace_file(path, encode_detections(detections))
 
 
 def encode_detections(detections: DetectionArrays) -> bytes:

@@ -3,10 +3,13 @@
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from core.errors import UserError
+
+UNFINISHED = ".part"  # end of the name of a file that is being written
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -26,10 +29,12 @@ def open_regular(path: Path) -> IO[bytes]:
 def replace_file(path: Path, data: bytes, keep_as: Path | None = None) -> None:
     """Write a temporary file beside `path`, force it to the disk, then rename it; `keep_as` takes the old file.
 
+    A crash may leave the temporary file behind (`remove_unfinished`), and `path` free between the two renames.
+
     Raises:
-        UserError: when the disk is full or the folder cannot be written; the old file stays as it was.
+        UserError: when the disk is full or the folder cannot be written; the old file stays, as `path` or `keep_as`.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -41,8 +46,15 @@ def replace_file(path: Path, data: bytes, keep_as: Path | None = None) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path}: cannot be saved: {error.strerror}; what was there before is unharmed") from None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes were writing into a folder."""
+    for path in folder.glob(f".*{UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

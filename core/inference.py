@@ -28,6 +28,7 @@ from core.evaluator import (
     read_ground_truth,
 )
 from core.nms import to_detections
+from core.stopping import StopAsked, until_asked
 from core.tta import View, flip_images, merge, view_candidates
 from core.types import Batch, Detections
 from core.voc import evaluate_voc
@@ -60,14 +61,15 @@ def load_start_weights(model: nn.Module, config: TrainConfig, method: str) -> No
 
 def on_validation(
     detect: Detect, table: Table, config: TrainConfig, device: torch.device
-) -> Callable[[nn.Module], dict[str, float]]:
+) -> Callable[..., dict[str, float]]:
     """What `fit` calls to evaluate: a model to the 12 COCO numbers on this split, shared out over the ranks.
 
-    Data of a VOC folder also give VOC07 and VOC12; what `fit` looks at stays AP.
+    Data of a VOC folder also give VOC07 and VOC12; what `fit` looks at stays AP. With a second argument, `StopAsked`,
+    it raises `StopRequested` on every rank after the batch during which a rank was asked to stop.
     """
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        found = detect_table(model, detect, table, config, device)
+    def evaluate(model: nn.Module, stop_asked: StopAsked | None = None) -> dict[str, float]:
+        found = detect_table(model, detect, table, config, device, stop_asked=stop_asked)
         if not distributed.is_main():
             return {}
         truth = ground_truth(table)
@@ -98,12 +100,14 @@ def detect_table(
     config: TrainConfig,
     device: torch.device,
     views: Sequence[View] = (),
+    stop_asked: StopAsked | None = None,
 ) -> DetectionArrays:
     """Detections of a whole split in pixels of the image files; each rank does its share, every rank gets all.
 
     They come by image id, in an image by falling score, whatever the number of ranks and the size of batches. The model
     must be in evaluation mode and on `device`. With `views` an image is looked at in each of them and what is found is
-    merged (`core.tta`); otherwise once, at the configuration's size.
+    merged (`core.tta`); otherwise once, at the configuration's size. With `stop_asked` it raises StopRequested on every
+    rank after the batch during which a rank was asked.
     """
     category_ids = np.array([category.id for category in table.categories], dtype=np.int64)
 
@@ -113,6 +117,8 @@ def detect_table(
         return detect_batch(model, detect, there._replace(images=images), config)
 
     found = _find_in_views(find, table, config, views) if views else _find_once(find, table, config)
+    if stop_asked is not None:
+        found = until_asked(found, stop_asked, device)
     hidden = not (views and distributed.is_main() and sys.stderr.isatty())
     parts = []
     with tqdm(total=len(table) // distributed.world_size(), unit="image", disable=hidden) as bar:

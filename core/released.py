@@ -37,7 +37,10 @@ def save(path: str | Path, state: Mapping[str, Tensor], facts: Mapping[str, Any]
     Raises:
         UserError: when the disk is full or the folder cannot be written.
     """
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    whole = (
+        torch.contiguous_format
+    )  # one element expanded to a tensor counts as contiguous, but its bytes cannot be viewed
+    tensors = {name: tensor.detach().cpu().clone(memory_format=whole) for name, tensor in state.items()}
     metadata = {name: json.dumps(value) if name in JSON_FIELDS else value for name, value in facts.items()}
     metadata["format"] = json.dumps(FORMAT)
     metadata[CHECKSUM] = _digest(tensors, metadata)

@@ -65,6 +65,10 @@ class RunLog:
         if self.events is not None:
             self.events.close()
 
+    def sync(self) -> None:
+        """Force the rows so far to the disk."""
+        os.fsync(self.file.fileno())
+
     def restart_clock(self, step: int) -> None:
         """Measure speed from here on."""
         self.clock, self.clock_step = time.perf_counter(), step
@@ -132,7 +136,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a log.jsonl; a last line that a crash cut short is left out. No file: no rows."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
@@ -148,10 +152,8 @@ def cut_log(path: Path, step: int, evaluated: int) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Replace a file as a whole. UserError when the disk is full; the old file stays as it was."""
+    replace_file(path, text.encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,15 +7,12 @@
 import copy
 import os
 import random
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -26,14 +23,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from core import checkpoint, distributed
 from core.accumulation import LossOf, backward_in_parts, total_loss
 from core.config import TrainConfig
-from core.configfile import to_yaml
+from core.configfile import changed_flags, to_yaml
 from core.errors import UserError
+from core.files import remove_unfinished
 from core.runlog import LOG, SHOWN, RunLog, commit, draw_curves, environment, read_log, write_json, write_text
+from core.stopping import StopAsked, StopRequested, stop_requests
 from core.types import Batch, Targets
 
 Criterion = Callable[[Any, Targets, int, int], dict[str, Tensor]]
 Batches = Callable[[int], Iterator[Batch]]
-Evaluate = Callable[[nn.Module], Mapping[str, float]]
+Evaluate = Callable[[nn.Module, StopAsked], Mapping[str, float]]
 Picture = Callable[[nn.Module, int], None]
 
 NEVER = torch.iinfo(torch.int64).max  # the first non-finite step of a run that has none
@@ -42,6 +41,7 @@ FREE_FIELDS = (
     "data",
     "workers",
     "device",
+    "compile",
     "log_every",
     "save_every",
     "picture_every",
@@ -91,6 +91,7 @@ def fit(
             minimised, the others are only logged. `step` counts from 1.
         batches: from a start step, the batches of the steps start + 1 ... steps of this rank.
         evaluate: the model in evaluation mode to metrics, `AP` among them; called on every rank, the main rank's count.
+            It raises `StopRequested` on every rank soon after its second argument says so on one.
         metadata: plain values that travel in every checkpoint: method, categories, geometry, profile, fingerprint ...
         picture: (model in evaluation mode, step), called every `config.picture_every` steps on the main rank only. It
             leaves weights, log and random states as they are.
@@ -105,7 +106,8 @@ def fit(
     folder = Path(config.out)
     facts = {**metadata, "config": asdict(config), "steps": steps, "commit": commit() if distributed.is_main() else ""}
     state = prepare(model, config, device)
-    resume(state, folder, facts)
+    resume(state, folder, facts, config)
+    _warn_of_damaged_best(state, folder)
     if state.step == steps and state.evaluated == steps:
         _say(f"{folder} is a finished run: {_describe_best(state)}")
         return state.best
@@ -116,7 +118,7 @@ def fit(
     guard = Guard(torch.full((), NEVER, device=device), {})
     with _open_log(folder, state, steps, config) as log, stop_requests() as stop_asked:
         if _due(state.step, config.eval_every, steps) and state.evaluated < state.step:
-            validate(state, evaluate, folder, facts, log)
+            validate(state, evaluate, folder, facts, log, stop_asked)
         for batch in batches(state.step):
             state.step += 1
             lr = learn(network, criterion, batch, state, guard, config, steps)
@@ -137,7 +139,7 @@ def fit(
             if stopping:
                 leave(state, folder, log)
             if evaluates:
-                validate(state, evaluate, folder, facts, log)
+                validate(state, evaluate, folder, facts, log, stop_asked)
     if state.step != steps:
         raise ValueError(f"batches ended after step {state.step} of {steps}")
     _say(f"{folder}: {_describe_best(state)}")
@@ -306,8 +308,14 @@ def write_log(state: State, lr: float, log: RunLog | None) -> None:
         log.train(state.step, {**dict(zip(names, means, strict=True)), "lr": lr})
 
 
-def validate(state: State, evaluate: Evaluate, folder: Path, facts: Mapping[str, Any], log: RunLog | None) -> None:
-    """Evaluate, keep the model if it is the best so far, and save. Every rank must call it."""
+def validate(
+    state: State, evaluate: Evaluate, folder: Path, facts: Mapping[str, Any], log: RunLog | None, stop_asked: StopAsked
+) -> None:
+    """Evaluate, keep the model if it is the best so far, and save. Every rank must call it.
+
+    Raises:
+        SystemExit: code 0 when asked to stop; the state was saved before, and the resumed run evaluates again.
+    """
     distributed.broadcast_buffers(state.model)
     model = state.model
     if state.average is not None:
@@ -315,8 +323,11 @@ def validate(state: State, evaluate: Evaluate, folder: Path, facts: Mapping[str,
         for kept, current in zip(model.buffers(), state.model.buffers(), strict=True):
             kept.copy_(current)  # only weights are averaged
     model.eval()
-    with torch.no_grad():
-        metrics = distributed.broadcast(dict(evaluate(model)))
+    try:
+        with torch.no_grad():
+            metrics = distributed.broadcast(dict(evaluate(model, stop_asked)))
+    except StopRequested:
+        leave(state, folder, log)
     state.model.train()
     state.evaluated = state.step
     is_best = not state.best or metrics["AP"] > state.best["AP"] or state.best["AP"] != state.best["AP"]  # a NaN loses
@@ -340,6 +351,8 @@ def save(state: State, folder: Path, facts: Mapping[str, Any], log: RunLog | Non
         "summed": state.summed,
     }
     ranks = distributed.gather_objects(own)
+    if log:
+        log.sync()  # before the checkpoint: a resumed run keeps the rows up to its step
     if distributed.is_main():
         content = {
             **facts,
@@ -370,7 +383,7 @@ def draw(state: State, picture: Picture, log: RunLog | None) -> None:
         log.restart_clock(state.step)  # drawing is not training speed
 
 
-def resume(state: State, folder: Path, facts: Mapping[str, Any]) -> None:
+def resume(state: State, folder: Path, facts: Mapping[str, Any], config: TrainConfig) -> None:
     """Put the run folder's newest checkpoint into the state; without one, leave the state as it is.
 
     Raises:
@@ -381,7 +394,7 @@ def resume(state: State, folder: Path, facts: Mapping[str, Any]) -> None:
     if distributed.is_main():  # one rank reads, so that ranks need no common disk and a bad file is one line
         content = checkpoint.load_latest(folder, method=facts.get("method"))
         if content is not None:
-            _refuse_other_run(content, facts, folder)
+            _refuse_other_run(content, facts, config, folder)
     content = distributed.broadcast(content)
     if content is None:
         return
@@ -400,19 +413,32 @@ def resume(state: State, folder: Path, facts: Mapping[str, Any]) -> None:
     set_random_states(own["random"])
 
 
-def _refuse_other_run(content: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> None:
+def _refuse_other_run(content: Mapping[str, Any], facts: Mapping[str, Any], config: TrainConfig, folder: Path) -> None:
     """The same command resumes; anything that changes the numbers needs a folder of its own."""
-    old, new = content["config"], facts["config"]
-    changed = [name for name in new if name in old and name not in FREE_FIELDS and old[name] != new[name]]
-    differences = [f"{name} {old[name]!r}, now {new[name]!r}" for name in changed]
-    ignored = ("config", "commit")
-    differences += [
-        f"{name} differs"
-        for name in facts
-        if name not in ignored and content.get(name) != facts[name] and not (name == "steps" and changed)
-    ]
+    differences = changed_flags(content["config"], config, FREE_FIELDS)
+    compared = [name for name in facts if name not in ("config", "commit") and content.get(name) != facts[name]]
+    if differences:
+        compared = [name for name in compared if name != "steps"]  # follows from them
+    differences += [f"{name} {_short(content.get(name))}, now {_short(facts[name])}" for name in compared]
     if differences:
         raise UserError(f"{folder} holds another run ({'; '.join(differences)}); choose another --out or delete it")
+
+
+def _short(value: object) -> str:
+    """A value in a line: long ones, such as fingerprints and lists of classes, by their beginning."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}... ({len(text)} characters)"
+
+
+def _warn_of_damaged_best(state: State, folder: Path) -> None:
+    """Training does not read best.pt, so it goes on without it; whoever wants the model should know now."""
+    best = folder / "best.pt"
+    if state.best and distributed.is_main() and not checkpoint.is_whole(best):
+        problem = "is damaged" if best.exists() else "is missing"
+        print(
+            f"warning: {best} {problem}; a later evaluation writes it anew only if it beats {_describe_best(state)}",
+            file=sys.stderr,
+        )
 
 
 def random_states() -> dict[str, Any]:
@@ -447,37 +473,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
         torch.set_num_threads(1)  # sums on a CPU depend on how many threads share them
 
 
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C came; a second Ctrl-C interrupts at once. Earlier handlers come back at the end.
-
-    Forked loader workers inherit the handlers: in them SIGTERM ends the process and Ctrl-C is left to the main one.
-    """
-    asked = threading.Event()
-    main_process = os.getpid()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != main_process:
-            if number == signal.SIGTERM:
-                os._exit(0)
-            return
-        asked.set()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            print("\nstopping after this step; Ctrl-C again leaves at once", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
-        yield asked.is_set
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def leave(state: State, folder: Path, log: RunLog | None) -> None:
+def leave(state: State, folder: Path, log: RunLog | None) -> NoReturn:
     """End a run that was asked to stop and is saved.
 
     Raises:
@@ -489,7 +485,7 @@ def leave(state: State, folder: Path, log: RunLog | None) -> None:
     raise SystemExit(0)
 
 
-def _agree(asked: Callable[[], bool], step: int, config: TrainConfig, device: torch.device) -> bool:
+def _agree(asked: StopAsked, step: int, config: TrainConfig, device: torch.device) -> bool:
     """Whether any rank was asked to stop, the same answer on all; on GPUs only when we log, since it waits for them."""
     if distributed.world_size() == 1:
         return asked()
@@ -516,6 +512,7 @@ def _open_folder(folder: Path, config: TrainConfig, facts: Mapping[str, Any], de
         for name in ("config.yaml", LOG):
             if (folder / name).exists() and not (folder / "environment.json").exists():
                 raise UserError(f"{folder / name}: not of a run of this project; choose another --out")
+        remove_unfinished(folder)
         write_json(folder / "environment.json", environment(device, distributed.world_size(), facts))
         write_text(folder / "config.yaml", to_yaml(config))
 

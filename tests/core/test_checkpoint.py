@@ -237,6 +237,70 @@ def test_full_disk_at_fsync_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     assert latest_step(tmp_path) == 1
 
 
+def test_files_that_the_disk_cannot_read_count_as_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_step(tmp_path, 1)
+    save_step(tmp_path, 2)
+    read = Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path.name == "last.pt":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    assert latest_step(tmp_path) == 1
+    assert "last.pt: checkpoint is damaged, the disk cannot read it; going on from" in capsys.readouterr().err
+    save_step(tmp_path, 3)
+    assert checkpoint.load(tmp_path / "previous.pt")["step"] == 1
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_failing_disk_keeps_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """EIO at the n-th fsync (file, folder) or rename (to previous.pt, to last.pt)."""
+    real = getattr(os, call)
+    for failing in (1, 2):
+        folder = tmp_path / str(failing)
+        for step in (1, 2):
+            save_step(folder, step)
+        calls = []
+
+        def fail(*arguments: Any, failing: int = failing, calls: list[Any] = calls) -> None:
+            calls.append(arguments)
+            if len(calls) == failing:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            with pytest.raises(UserError, match="cannot be saved: Input/output error"):
+                save_step(folder, 3)
+        assert latest_step(folder) in (2, 3)
+        assert not list(folder.glob(".*"))
+        save_step(folder, 4)
+        assert latest_step(folder) == 4
+
+
+def test_two_damaged_checkpoints_are_one_line_with_a_way_out(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    save_step(tmp_path, 2)
+    damage(tmp_path / "last.pt")
+    damage(tmp_path / "previous.pt")
+    with pytest.raises(checkpoint.CorruptCheckpoint) as caught:
+        checkpoint.load_latest(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/last.pt: checkpoint is damaged")
+    assert f"; {tmp_path}/previous.pt: checkpoint is damaged" in message
+    assert message.endswith("choose another --out, with --weights best.pt to start from the best model")
+
+
+def test_unwritable_place_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"a.pt: cannot be saved: File exists"):
+        checkpoint.save(tmp_path / "file" / "a.pt", CONTENT)
+
+
 def test_weights_of_another_layout_are_refused(file: Path) -> None:
     with pytest.raises(UserError, match=r"a.pt: has no tensor bias"):
         checkpoint.load_weights(nn.Linear(3, 2), CONTENT, file)

@@ -442,6 +442,15 @@ def test_released_model_comes_back(tmp_path: Path) -> None:
         checkpoint.load(path, method="paa")
 
 
+def test_released_model_with_tensors_of_any_stride(tmp_path: Path) -> None:
+    expanded, transposed = torch.ones(1).as_strided((1,), (0,)), torch.arange(6.0).reshape(2, 3).T
+    state = {"one": expanded, "rows": torch.ones(1, 2).expand(3, 2), "turned": transposed, "none": torch.zeros(0, 4)}
+    state |= {"scalar": torch.tensor(3), "shared": transposed}
+    released.save(tmp_path / "a.safetensors", state, FACTS)
+    back = released.load(tmp_path / "a.safetensors")["model"]
+    assert {name: tensor.tolist() for name, tensor in back.items()} == {k: v.tolist() for k, v in state.items()}
+
+
 def test_every_flipped_bit_of_a_released_model_is_found(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     released.save(path, STATE, FACTS)

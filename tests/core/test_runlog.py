@@ -1,7 +1,9 @@
 """What a run leaves behind for people."""
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from PIL import Image
 
 from core import runlog
 from core.errors import UserError
-from core.runlog import RunLog, cut_log, draw_curves, draw_term_of_runs, environment, read_log, write_json
+from core.runlog import RunLog, cut_log, draw_curves, draw_term_of_runs, environment, read_log, write_json, write_text
 
 
 def open_log(folder: Path, step: int = 0, **changes: bool) -> RunLog:
@@ -59,6 +61,38 @@ def test_resuming_cuts_the_log(tmp_path: Path) -> None:
     assert [row["step"] for row in read_log(path)] == [1, 2]
     cut_log(path, 0, -1)
     assert path.read_text() == ""
+
+
+def test_zeros_and_foreign_bytes_at_the_end_of_a_log_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    row = {"step": 1, "split": "train"}
+    for rest in (bytes(9), b"\xff\xfe{", b'{"step": 2,'):
+        path.write_bytes(json.dumps(row).encode() + b"\n" + rest)
+        assert read_log(path) == [row]
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    with open_log(tmp_path) as log:
+        log.train(1, {"loss": 1.0, "lr": 0.1})
+        monkeypatch.setattr(runlog.os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
+        log.sync()
+        monkeypatch.undo()
+    assert synced == [(tmp_path / "log.jsonl").stat().st_size]
+
+
+def test_text_is_whole_on_a_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.yaml"
+    write_text(path, "old")
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"config.yaml: cannot be saved: No space left on device"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["config.yaml"]
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:

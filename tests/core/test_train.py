@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,9 @@ from core.config import PyramidConfig
 from core.data.loader import _load
 from core.errors import UserError
 from core.runlog import MACHINE_FIELDS, read_log
+from core.stopping import stop_requests, until_asked
 from core.train import (
+    FREE_FIELDS,
     NEVER,
     Guard,
     build_optimizer,
@@ -35,7 +38,6 @@ from core.train import (
     seed_everything,
     set_lr,
     set_random_states,
-    stop_requests,
 )
 from core.types import Batch
 from tests.core.toy_run import STEPS, Toy, ToyConfig, batches, criterion, evaluate, run_toy
@@ -332,6 +334,32 @@ def test_signal_to_loader_workers_too_saves_and_resumes(tmp_path: Path, whole: P
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_request_in_an_evaluation_leaves_it(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    looked = []
+
+    def slow_evaluation(model: nn.Module, stop_asked: Any) -> dict[str, float]:
+        for item in until_asked(range(5), stop_asked, torch.device("cpu")):
+            looked.append(item)
+            if item == 1:
+                os.kill(os.getpid(), number)
+        return evaluate(model, stop_asked)
+
+    config = ToyConfig(out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.core.toy_run.evaluate", slow_evaluation)
+        with pytest.raises(SystemExit) as leaving:
+            run_toy(config)
+    assert leaving.value.code == 0
+    assert looked == [0, 1]
+    saved = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert (saved["step"], saved["evaluated"]) == (6, -1)
+    run_toy(config)
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_second_interrupt_is_immediate() -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with stop_requests() as asked:
@@ -353,6 +381,32 @@ def test_damaged_last_checkpoint_falls_back(tmp_path: Path, whole: Path, capsys:
     run_toy(config)
     assert "checksum" in capsys.readouterr().err
     assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("state", ["damaged", "missing"])
+def test_best_that_cannot_be_read_is_said(
+    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str], state: str
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    best = tmp_path / "run" / "best.pt"
+    best.write_bytes(best.read_bytes()[:-1])
+    if state == "missing":
+        best.unlink()
+    run_toy(ToyConfig(out=str(tmp_path / "run")))
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: {best} is {state}; a later evaluation writes it anew only if it beats best at")
+    assert error.count("\n") == 1
+
+
+def test_unfinished_files_of_a_killed_run_go(tmp_path: Path) -> None:
+    config = ToyConfig(out=str(tmp_path / "run"))
+    with pytest.raises(RuntimeError):
+        run_toy(config, fail_at=7)
+    for name in (".last.pt.part", ".best.pt.part", ".curves.png.part"):
+        (tmp_path / "run" / name).write_bytes(b"half")
+    (tmp_path / "run" / "notes.part").write_text("mine")
+    run_toy(config)
+    assert [path.name for path in (tmp_path / "run").glob("*.part")] == ["notes.part"]
 
 
 @pytest.mark.parametrize(("every", "expected"), [(5, [5, 10, 12]), (0, [])])
@@ -381,9 +435,34 @@ def test_finished_run_says_so(whole: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_other_configuration_is_refused(whole: Path) -> None:
     config = ToyConfig(out=str(whole))
-    with pytest.raises(UserError, match=r"holds another run \(lr 0.05, now 0.1; seed 0, now 3\); choose another --out"):
+    with pytest.raises(
+        UserError, match=r"holds another run \(--lr 0.05, now 0.1; --seed 0, now 3\); choose another --out"
+    ):
         run_toy(replace(config, lr=0.1, seed=3))
-    run_toy(replace(config, workers=0, log_every=7, save_every=9))  # these leave the numbers alone: finished
+    free = {"workers": 0, "device": "auto", "compile": True, "preset": "x", "data": "moved"}
+    run_toy(replace(config, log_every=7, save_every=9, picture_every=3, **free))  # the same numbers: finished
+
+
+def test_every_other_option_and_fact_is_refused(whole: Path) -> None:
+    """All fields but the free ones are compared, whatever their type; facts beside the options too."""
+    content = checkpoint.load(whole / "last.pt")
+    config = ToyConfig(out=str(whole))
+    facts = {name: content[name] for name in ("method", "fingerprint", "licence", "config", "steps", "commit")}
+    core.train._refuse_other_run(content, facts, config, whole)
+    for name, value in content["config"].items():
+        other = {**content["config"], name: not value if isinstance(value, bool) else "another"}
+        if name in FREE_FIELDS:
+            core.train._refuse_other_run({**content, "config": other}, facts, config, whole)
+        else:
+            with pytest.raises(UserError, match=rf"another run \(--{name.replace('_', '-')} .*, now .*\); choose"):
+                core.train._refuse_other_run({**content, "config": other}, facts, config, whole)
+    for name in ("fingerprint", "licence", "steps", "method"):
+        with pytest.raises(UserError, match=rf"another run \({name} x, now "):
+            core.train._refuse_other_run({**content, name: "x"}, facts, config, whole)
+    core.train._refuse_other_run({**content, "commit": "x"}, facts, config, whole)
+    long = {**content, "fingerprint": "0" * 64}
+    with pytest.raises(UserError, match=r"\(fingerprint 000000000000... \(64 characters\), now f\)"):
+        core.train._refuse_other_run(long, facts, config, whole)
 
 
 def test_nonfinite_step_is_named_and_nothing_is_saved(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from core import cli, distributed
 from core.config import PyramidConfig
+from core.stopping import StopAsked
 from core.train import fit, seed_everything
 from core.types import Batch, Targets
 
@@ -85,7 +86,7 @@ def criterion(outputs: Tensor, targets: Targets, step: int, steps: int) -> dict[
     return {"loss_cls": (each * targets.valid[:, 0]).sum() / count, "loss_size": outputs.square().mean() * 0.01}
 
 
-def evaluate(model: nn.Module) -> dict[str, float]:
+def evaluate(model: nn.Module, stop_asked: StopAsked) -> dict[str, float]:
     """A made-up metric of the weights."""
     weight = sum(float(p.double().sum()) for p in model.parameters())
     return {"AP": 0.5 + 0.1 * float(torch.tensor(weight).sin()), "AP50": 0.9}
