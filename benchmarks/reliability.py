@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import reliability_soak
+from benchmarks import reliability_kills, reliability_soak
 from core import cli
 from core.errors import UserError, nearest
 from core.runlog import environment, write_json
@@ -34,6 +34,7 @@ class Part(NamedTuple):
 
 
 PARTS: dict[str, Part] = {
+    "kills": Part(reliability_kills.measure, reliability_kills.rows),
     "soak": Part(reliability_soak.measure, reliability_soak.rows),
 }
 

@@ -1,6 +1,8 @@
 """Batches for training and evaluation, made in worker processes; the same for any number of them."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FrameType
@@ -271,13 +273,24 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread; Ctrl-C and a first SIGTERM, which often go to a whole group of processes, are the main process's.
+    """One thread; Ctrl-C and SIGTERM, which often go to a whole group of processes, are the main process's.
 
-    A second SIGTERM ends the worker: the loader sends one to a worker that does not answer.
+    A SIGTERM from the main process ends the worker at once: it is leaving, and waits for its workers. Where the sender
+    cannot be known, a second SIGTERM does.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_at_the_next)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, _end_at_the_next)
+
+
+def _end_with_the_parent(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _end_at_the_next(number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,7 @@
 """Leaving an evaluation: after the item at hand, on one rank and on two with unlike shares."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import PyramidConfig
+from core.data.loader import _load
 from core.data.sources import open_data
 from core.inference import on_validation
 from core.stopping import StopRequested, stop_requests, until_asked
@@ -122,3 +124,25 @@ def test_evaluation_ends_after_the_batch_at_hand(workers: int) -> None:
     with stop_requests() as asked, pytest.raises(StopRequested):
         evaluate(model, asked)
     assert model.batches == 2
+
+
+def leave_in_the_middle() -> None:
+    """End as a run does that was left during an evaluation: something still holds the loader."""
+    config = PyramidConfig(steps=1, batch_size=1, short_side=64, long_side=96, workers=2, device="cpu")
+    batches = _load(torch.tensor, range(100), config)
+    next(batches)
+    HELD.append(batches)
+    sys.exit(3)
+
+
+HELD: list[object] = []
+
+
+def test_a_process_that_leaves_takes_its_loader_workers_along() -> None:
+    process = multiprocessing.get_context("fork").Process(target=leave_in_the_middle)
+    process.start()
+    process.join(60)
+    hangs = process.is_alive()
+    process.kill()
+    assert not hangs
+    assert process.exitcode == 3
