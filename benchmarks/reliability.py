@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import reliability_kills, reliability_soak
+from benchmarks import reliability_files, reliability_kills, reliability_soak
 from core import cli
 from core.errors import UserError, nearest
 from core.runlog import environment, write_json
@@ -35,6 +35,8 @@ class Part(NamedTuple):
 
 PARTS: dict[str, Part] = {
     "kills": Part(reliability_kills.measure, reliability_kills.rows),
+    "corruption": Part(reliability_files.measure_corruption, reliability_files.corruption_rows),
+    "crashes": Part(reliability_files.measure_crashes, reliability_files.crash_rows),
     "soak": Part(reliability_soak.measure, reliability_soak.rows),
 }
 
