@@ -260,7 +260,8 @@ def traced_save(folder: Path, options: Sequence[str]) -> tuple[int, str]:
         if "attached" not in said:
             raise UserError(f"strace cannot look at processes here: {said.strip()}")
         strace.communicate()
-    os.close(wait), os.close(go)
+    os.close(wait)
+    os.close(go)
     text = log.read_text(errors="replace")
     log.unlink()
     return status, text

@@ -129,7 +129,7 @@ def interrupted_run(
     Returns:
         What the signals did, and those left over because the run ended first.
     """
-    outcomes = []
+    outcomes: list[Outcome] = []
     left = list(signals)
     output = out.with_suffix(".output")
     while True:
@@ -181,10 +181,10 @@ def _command(module: str, arguments: Sequence[str], output: Path, phase: mmap.mm
     with output.open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    sys.argv = sys.orig_argv[1:] = [module, *arguments]  # type: ignore[assignment]
+    sys.argv = sys.orig_argv[1:] = [module, *arguments]
     core.train.learn = _telling(core.train.learn, STEP, phase)
     core.train.validate = _telling(core.train.validate, EVALUATION, phase)
-    core.checkpoint.replace_file = _telling(core.checkpoint.replace_file, WRITING, phase)  # type: ignore[attr-defined]
+    core.checkpoint.replace_file = _telling(core.checkpoint.replace_file, WRITING, phase)
     cli.run(importlib.import_module(module).main)
 
 

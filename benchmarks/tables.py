@@ -38,7 +38,14 @@ Pyramid = TypeVar("Pyramid", bound=PyramidConfig)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "paa/README.md", "dynamic_atss/README.md", "tood_tal/README.md", "padet/README.md")
+PAGES = (
+    "README.md",
+    "core/README.md",
+    "paa/README.md",
+    "dynamic_atss/README.md",
+    "tood_tal/README.md",
+    "padet/README.md",
+)
 MARKED = re.compile(r"(?P<head><!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<tail><!-- end -->)", re.DOTALL)
 NOT_MEASURED = "not measured"
 
@@ -488,6 +495,17 @@ def share_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def reliability_table(results: Path) -> str:
+    """What `benchmarks.reliability` found, and on which machine."""
+    result = read_result(results / "reliability.json")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    parts = result["parts"].values()
+    cells = [[row["what"], row["measured"], row["wanted"]] for part in parts for row in part["rows"]]
+    devices = sorted({f"{part['origin']['device']}, {plural(part['origin']['cpus'], 'core')}" for part in parts})
+    return f"{markdown(['what', 'measured', 'wanted'], cells)}\n{'; '.join(devices)}. {result['licence_note']}\n"
+
+
 def plural(count: int, noun: str) -> str:
     """`1 thread`, `2 threads`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
@@ -505,6 +523,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "padet-trained": padet_trained_table,
     "presets": presets_table,
     "quick": quick_table,
+    "reliability": reliability_table,
     "speed": speed_table,
     "tood-bccd": tood_table,
     "tood-presets": tood_presets_table,

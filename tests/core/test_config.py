@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from core.config import PyramidConfig, total_steps
-from core.configfile import convert, describe_fields, read_yaml, to_yaml
+from core.configfile import changed_flags, convert, describe_fields, read_yaml, to_yaml
 from core.errors import UserError
 
 CONFIG = PyramidConfig(steps=10)
@@ -139,3 +139,24 @@ def test_derived_values_by_hand() -> None:
     assert total_steps(CONFIG, 1000) == 10
     assert total_steps(PyramidConfig(epochs=12.0), 117_266) == 87_950  # 12 * 117266 / 16 = 87949.5
     assert total_steps(PyramidConfig(epochs=0.01), 10) == 1
+
+
+def test_changed_options_are_named_as_flags() -> None:
+    old = asdict(replace(CONFIG, lr=0.05, milestones=(0.5, 0.75), deterministic=True, seed=1))
+    new = replace(CONFIG, milestones=(), weights="a.pt", out="elsewhere")
+    assert changed_flags(old, new, free=("out",)) == [
+        "--weights '', now a.pt",
+        "--milestones 0.5 0.75, now none",
+        "--lr 0.05, now none",
+        "--seed 1, now 0",
+        "--deterministic on, now off",
+    ]
+    assert changed_flags(asdict(CONFIG), CONFIG) == []
+
+
+def test_options_that_one_version_does_not_have() -> None:
+    old = asdict(CONFIG)
+    del old["ema"]  # an option that is new has its default in old runs
+    assert changed_flags(old, CONFIG) == []
+    assert changed_flags(old, replace(CONFIG, ema=0.9)) == ["--ema 0.0, now 0.9"]
+    assert changed_flags({**old, "old_option": 3}, CONFIG) == ["--old-option 3, now gone"]
