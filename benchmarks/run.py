@@ -8,6 +8,7 @@
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run padet-bccd             # rows of PADet's, likewise
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run padet-trained          # PADet trained longer, and Fig. 1
     ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run padet-initial          # Fig. 1 without training, on COCO
+    ANCHORAGE_SHARED=DATA_FOLDER python -m benchmarks.run padet-memorise         # PADet learns 8 images by heart
     python -m benchmarks.run quick                                               # the README's first command
 
 The file is written after every run. A comparison that was cut off goes on with the run it had not finished; a run made
@@ -225,6 +226,19 @@ padet_long = replace(
     analyses={"{out}/balance.json": PADET_BALANCE},
 )
 
+PADET_MEMORISE = Detector(  # check 17 of spec PADet section 9
+    "300 x 4 images of 384 px, bf16, not augmented",
+    (
+        f"benchmarks.subset {BCCD} --images 8 --out {{out}}/eight.yaml",
+        f"padet.train {BCCD_START} --data {{out}}/eight.yaml --size 384 --augment none {PADET_RUN} --steps 300 "
+        "--batch-size 4 --seed {seed} --out {out}/run",
+        "padet.evaluate {out}/run/best.pt --split train --out {out}/train",
+        "padet.statistics {out}/run/best.pt --split train --out {out}/balance.json",
+    ),
+    "{out}/train/metrics.json",
+    analyses={"{out}/balance.json": tuple(name for name in PADET_BALANCE if name.endswith("positives"))},
+)
+
 COMPARISONS = {
     "bccd-fcos": Comparison(
         file="bccd_peer.json",
@@ -284,6 +298,13 @@ COMPARISONS = {
         data=BCCD_DATA,
         licence_note=ABLATION_NOTE,
         detectors={"padet": padet_long, "baseline": baseline_long},
+    ),
+    "padet-memorise": Comparison(
+        file="padet_memorise.json",
+        seeds=1,
+        data="the 8 images of lowest id of BCCD's training images; AP on the same images",
+        licence_note=ABLATION_NOTE,
+        detectors={"padet": PADET_MEMORISE},
     ),
     "padet-initial": Comparison(
         file="padet_initial.json",

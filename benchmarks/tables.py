@@ -236,6 +236,7 @@ def padet_trained_table(results: Path) -> str:
         ("padet_bccd.json", "all", "PADet"),
         ("padet_trained.json", "baseline", "baseline, three times as long"),
         ("padet_trained.json", "padet", "PADet, three times as long"),
+        ("padet_memorise.json", "padet", "PADet, 8 images by heart, tested on the same"),
     ]
     return detector_table(results, rows)
 
