@@ -71,11 +71,46 @@ def test_deterministic_detections_are_the_same_bytes_for_any_batch_size(
 ) -> None:
     method, weights = trained
     written = []
-    for size in ("1", "2", "5"):
+    for size in ("1", "2", "5", "8"):
         flags = ("--workers", "0", "--deterministic", "--batch-size", size, "--out", str(tmp_path / size))
         call(f"{method}.evaluate", str(weights), *flags)
         written.append((tmp_path / size / "detections.json").read_bytes())
-    assert written[0] == written[1] == written[2]
+    assert written[0] == written[1] == written[2] == written[3]
+
+
+def test_deterministic_detections_are_the_same_bytes_for_any_order_of_images(
+    trained: tuple[str, Path], data: Path, tmp_path: Path
+) -> None:
+    method, weights = trained
+    content = json.loads((data / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
+    content["images"] = content["images"][3:] + content["images"][2::-1]
+    (tmp_path / "shuffled.json").write_text(json.dumps(content), encoding="utf-8")
+    images = data / "val" if (data / "val").is_dir() else data / "images" / "val"
+    (tmp_path / "shuffled.yaml").write_text(
+        f"val: {{images: '{images}', annotations: shuffled.json}}", encoding="utf-8"
+    )
+    written = []
+    for name, flags in (("plain", ()), ("shuffled", ("--data", str(tmp_path / "shuffled.yaml")))):
+        out = ("--workers", "0", "--deterministic", "--batch-size", "2", "--out", str(tmp_path / name))
+        call(f"{method}.evaluate", str(weights), *flags, *out)
+        written.append((tmp_path / name / "detections.json").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_batches_move_detections_by_rounding_only(trained: tuple[str, Path], tmp_path: Path) -> None:
+    method, weights = trained
+    found = []
+    for size in ("1", "2", "5", "8"):
+        flags = ("--workers", "0", "--batch-size", size, "--out", str(tmp_path / size))
+        call(f"{method}.evaluate", str(weights), *flags)
+        found.append(read_detections(tmp_path / size / "detections.json"))
+    for other in found[1:]:
+        one, two = (
+            np.lexsort((part.boxes[:, 0].round(1), part.category_id, part.image_id)) for part in (found[0], other)
+        )
+        assert (found[0].category_id[one] == other.category_id[two]).all()
+        np.testing.assert_allclose(other.scores[two], found[0].scores[one], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(other.boxes[two], found[0].boxes[one], atol=0.01, rtol=0)
 
 
 def test_deterministic_detections_are_the_same_bytes_for_any_number_of_ranks(
