@@ -1,29 +1,49 @@
 """Look at a data set, or make one.
 
-python -m core.data check DATA    counts of every split, and each problem in a line; exit code 2 if there is one
+python -m core.data check DATA    counts of every split and all problems at once; exit code 2 if there is an error
 python -m core.data shapes OUT    drawn images with known boxes, as a COCO folder
 """
 
 import argparse
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from core.cli import OneLineParser, run
 from core.errors import UserError
 
-if TYPE_CHECKING:
-    from core.data.table import Table
-
-SMALL, MEDIUM = 32**2, 96**2  # COCO's areas in square pixels
+CHECK_HELP = """All problems of a data set at once: counts of every split, then each check that found something, with
+its number of cases and the first few of them. Errors are what training refuses or leaves out with a note; warnings are
+accepted, and may be meant. The checks are listed in core/README.md."""
 
 
 def main() -> None:
     """Run the command that the arguments name."""
     parser = OneLineParser(prog="python -m core.data", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    check = commands.add_parser("check", help="counts and problems of a data set")
-    check.add_argument("data", help="COCO or VOC folder, dataset YAML, or the word shapes")
-    check.set_defaults(command=lambda arguments: check_data(arguments.data))
+    check = commands.add_parser(
+        "check",
+        help="counts and problems of a data set",
+        description=CHECK_HELP,
+        epilog="exit code: 0 without errors, whatever the warnings, or if --fix has written its copy; 2 with errors",
+    )
+    check.add_argument("data", metavar="DATA", help="COCO or VOC folder, dataset YAML, or the word shapes")
+    check.add_argument("--pixels", action="store_true", help="decode every image; otherwise only headers are read")
+    check.add_argument("--examples", type=int, default=3, metavar="N", help="cases shown of each check, default 3")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON; - for the standard output")
+    check.add_argument(
+        "--fix",
+        type=Path,
+        metavar="OUT",
+        help="write annotation files without the errors, and data.yaml with the original image folders, into a new "
+        "folder; what is there stays as it is",
+    )
+    check.add_argument(
+        "--voc-one-based",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="corners of a VOC folder count pixels from 1, which is the default, or from 0",
+    )
+    check.set_defaults(command=check_command)
     shapes = commands.add_parser("shapes", help="write drawn images as a COCO folder")
     shapes.add_argument("out", type=Path, help="a new or empty folder")
     for split, count in (("train", 4000), ("val", 200), ("test", 200)):
@@ -50,60 +70,34 @@ def write_drawn(arguments: argparse.Namespace) -> None:
     print(f"{drawn} images in {arguments.out}; train on them with --data {place}")
 
 
-def check_data(spec: str) -> None:
-    """The command `check`: prints counts and problems of every split. UserError if there is a problem."""
-    from core.data.sources import open_data, split_names
+def check_command(arguments: argparse.Namespace) -> None:
+    """The command `check`. UserError if there are errors and no repaired copy is asked for."""
+    from core.data.check import check_data
+    from core.data.findings import to_json, to_text
+    from core.data.repair import check_out, write_repaired
 
-    problems = []
-    for split in split_names(spec):
-        try:
-            table = open_data(spec, splits=(split,)).split(split)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        print(f"{split}: {describe(table)}")
-        problems += image_problems(table)
-    try:
-        open_data(spec)  # finds categories that differ between splits
-    except UserError as error:
-        problems.append(str(error))
-    problems = list(dict.fromkeys(problems))
-    for problem in problems:
-        print(f"problem: {problem}")
-    if problems:
-        raise UserError(f"data {spec}: {len(problems)} problem{'s' * (len(problems) > 1)}, listed above")
-
-
-def describe(table: "Table") -> str:
-    """Counts of images and of boxes by size and class, in one line."""
-    import numpy as np
-
-    areas, targets = table.areas[~table.crowd], table.labels[~table.crowd]
-    small, medium = int((areas < SMALL).sum()), int(((areas >= SMALL) & (areas < MEDIUM)).sum())
-    counts = np.bincount(targets, minlength=len(table.categories)).tolist()
-    classes = ", ".join(f"{category.name} {count}" for category, count in zip(table.categories, counts, strict=True))
-    empty = int((np.diff(table.box_offsets) == 0).sum())
-    voc = table.protocol == "voc"
-    apart = f", {int(table.difficult.sum())} of them difficult" if voc else f" and {int(table.crowd.sum())} crowd"
-    return (
-        f"{len(table)} images ({empty} without boxes), {len(targets)} boxes{apart}; "
-        f"small {small}, medium {medium}, large {len(areas) - small - medium}; {classes}"
-    )
-
-
-def image_problems(table: "Table") -> list[str]:
-    """What is wrong with the headers of a split's image files, one line each."""
-    from core.data.images import ImageFolder, check_header
-
-    problems = []
-    if isinstance(table.images, ImageFolder):
-        for index in range(len(table)):
-            try:
-                size = (int(table.heights[index]), int(table.widths[index]))
-                check_header(table.images.folder / table.name(index), size)
-            except UserError as error:
-                problems.append(str(error))
-    return problems
+    data, out = arguments.data, arguments.fix
+    if arguments.examples < 0:
+        raise UserError(f"--examples must not be negative, got {arguments.examples}")
+    if out:
+        check_out(data, out)
+    checked = check_data(data, pixels=arguments.pixels, examples=arguments.examples, one_based=arguments.voc_one_based)
+    content = to_json(checked)
+    to_stdout = str(arguments.json) == "-"
+    if not to_stdout:
+        print(to_text(checked))
+    if out:
+        notes = write_repaired(checked, out)
+        content["repaired"] = {"data": str(out / "data.yaml"), "notes": notes}
+        if not to_stdout:
+            print("\n".join(["", f"Repaired copy in {out}; train on it with --data {out / 'data.yaml'}", *notes]))
+    if to_stdout:
+        print(json.dumps(content, indent=1))
+    elif arguments.json:
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    errors = content["errors"]
+    if errors and not out:
+        raise UserError(f"data {data}: {errors} error{'s' * (errors != 1)}{'' if to_stdout else ', listed above'}")
 
 
 if __name__ == "__main__":

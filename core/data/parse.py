@@ -117,7 +117,7 @@ def parse_coco(path: Path, images: ImageReader, *, annotated: bool = True) -> Ta
         raise UserError(f"{path}: cannot be read ({reason})") from None
     parts = split_file(path, content, AnnotationFile if annotated else ImageInfoFile)
     image_entries = _collect_images(path, entries_of(path, "image", parts["images"], ImageEntry))
-    box_entries = _collect_boxes(path, entries_of(path, "annotation", parts["annotations"], BoxEntry))
+    box_entries = collect_boxes(path, entries_of(path, "annotation", parts["annotations"], BoxEntry))
     categories = [entry for some in entries_of(path, "category", parts["categories"], CategoryEntry) for entry in some]
     return build_table(path, image_entries, box_entries, categories, _licence(parts["licenses"]), images)
 
@@ -226,6 +226,8 @@ def _convert(path: Path, what: str, part: list[Any], kind: type[Entry]) -> list[
         entries: list[Entry] = msgspec.convert(part, list[kind])  # type: ignore[valid-type]
     except msgspec.ValidationError as error:
         raise _wrong_entry(path, what, part, 0, error) from None
+    except UnicodeError:
+        raise UserError(f"{path}: bad {what} entries (a text has half a letter of UTF-16)") from None
     for entry in entries:
         if isinstance(entry, BoxEntry) and entry.area is not None and math.isnan(entry.area):
             raise UserError(f"{path}: annotation {entry.id}: area nan is no area")
@@ -280,7 +282,7 @@ def _collect_images(path: Path, chunks: Iterator[list[ImageEntry]]) -> Images:
     return Images(ids, heights, widths, np.cumsum(np.concatenate(lengths)), np.concatenate([*names, _NO_BYTES]))
 
 
-def _collect_boxes(path: Path, chunks: Iterator[list[BoxEntry]]) -> Boxes:
+def collect_boxes(path: Path, chunks: Iterator[list[BoxEntry]]) -> Boxes:
     """Annotation entries as arrays."""
     integers: list[Int64[np.ndarray, "4 n"]] = [np.zeros((4, 0), np.int64)]
     xywh: list[Float64[np.ndarray, "n 4"]] = [np.zeros((0, 4))]

@@ -178,14 +178,16 @@ def coco_files(folder: Path) -> dict[str, tuple[Path, Path]]:
 def yaml_files(path: Path) -> dict[str, tuple[Path, Path]]:
     """Image folder and annotation file of every split that a dataset YAML names, relative to the YAML."""
     content = read_mapping(path, "dataset YAML")
-    _check_keys(path, "dataset", content, SPLITS, required=())
     if not content:
         raise UserError(f"{path}: names no split; expected train, val and perhaps test")
-    files = {}
-    for split, entry in content.items():
-        _check_keys(path, split, entry, ("images", "annotations"), required=("images", "annotations"))
-        files[split] = (path.parent / entry["images"], path.parent / entry["annotations"])
-    return files
+    return {split: yaml_entry(path, split, entry) for split, entry in content.items()}
+
+
+def yaml_entry(path: Path, split: Any, entry: Any) -> tuple[Path, Path]:
+    """Image folder and annotation file of one split of a dataset YAML. UserError if it is not of that form."""
+    _check_keys(path, "dataset", {split: entry}, SPLITS, required=())
+    _check_keys(path, split, entry, ("images", "annotations"), required=("images", "annotations"))
+    return path.parent / entry["images"], path.parent / entry["annotations"]
 
 
 def _check_keys(path: Path, where: str, entry: Any, known: tuple[str, ...], required: tuple[str, ...]) -> None:

@@ -51,6 +51,9 @@ class Entry(NamedTuple):
     name: str
 
 
+ReadList = Callable[[Path, str], list[Entry]]  # of a file and a year
+
+
 class VocFolder(NamedTuple):
     """A data set on the disk: which lists make up its splits."""
 
@@ -84,50 +87,56 @@ class Annotation(NamedTuple):
     origin: str  # where the image is said to come from
 
 
-def find_voc(folder: Path) -> VocFolder | None:
+def find_voc(folder: Path, read: ReadList | None = None) -> VocFolder | None:
     """What a folder holds if it is a VOCdevkit or a single year of it, otherwise None.
+
+    `read` stands in for `read_list`.
 
     A VOCdevkit without VOC2007's test list has train and val of the same years as its splits. In a single year's folder
     trainval stands in for a missing train, and test for a missing val.
     """
     if not any((folder / year / LISTS).is_dir() for year in ("", *YEARS)):
         return None
-    voc = _single_year(folder) if (folder / LISTS).is_dir() else _devkit(folder)
+    read = read or read_list
+    voc = _single_year(folder, read) if (folder / LISTS).is_dir() else _devkit(folder, read)
     if not voc.lists:
         names = "train, val, trainval and test.txt"
         raise UserError(f"{folder}: has no list of images with annotations; looked for {names} in {LISTS}")
     return voc
 
 
-def _single_year(folder: Path) -> VocFolder:
+def _single_year(folder: Path, read: ReadList) -> VocFolder:
     voc = VocFolder(folder, folder.resolve().name, {})
     wanted = {"train": ("train", "trainval"), "val": ("val", "test"), "test": ("test",)}
-    found = {split: next((name for name in names if _usable(voc, "", name)), "") for split, names in wanted.items()}
+    found = {
+        split: next((name for name in names if _usable(voc, "", name, read)), "") for split, names in wanted.items()
+    }
     return voc._replace(lists={split: (("", name),) for split, name in found.items() if name})
 
 
-def _devkit(folder: Path) -> VocFolder:
+def _devkit(folder: Path, read: ReadList) -> VocFolder:
     voc = VocFolder(folder, "", {})
-    if _usable(voc, "VOC2007", "test"):
+    if _usable(voc, "VOC2007", "test", read):
         test = (("VOC2007", "test"),)
-        train = tuple((year, "trainval") for year in YEARS if _usable(voc, year, "trainval"))
+        train = tuple((year, "trainval") for year in YEARS if _usable(voc, year, "trainval", read))
         lists = {"train": train, "val": test, "test": test}
     else:
         lists = {
-            split: tuple((year, split) for year in YEARS if _usable(voc, year, split)) for split in ("train", "val")
+            split: tuple((year, split) for year in YEARS if _usable(voc, year, split, read))
+            for split in ("train", "val")
         }
     years = "+".join(year[-2:] for year, _ in lists["train"])
     name = f"VOC{years or '07'}{'' if 'test' in lists else '-train'}"
     return VocFolder(folder, name, {split: found for split, found in lists.items() if found})
 
 
-def _usable(voc: VocFolder, year: str, name: str) -> bool:
+def _usable(voc: VocFolder, year: str, name: str, read: ReadList) -> bool:
     """Whether a list is there, and not that of a challenge whose annotations were never published."""
     path = voc.list_file(year, name)
-    return path.is_file() and any(voc.annotation(entry).is_file() for entry in _read_list(path, year))
+    return path.is_file() and any(voc.annotation(entry).is_file() for entry in read(path, year))
 
 
-def _read_list(path: Path, year: str) -> list[Entry]:
+def read_list(path: Path, year: str) -> list[Entry]:
     """The images that a list names. UserError for a name that is no plain file name."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -162,7 +171,7 @@ def open_voc(voc: VocFolder, splits: Sequence[str], *, one_based: bool = True) -
         UserError: a file that is missing or cannot be trusted; the line names file and field.
     """
     entries = {
-        split: [entry for year, name in lists for entry in _read_list(voc.list_file(year, name), year)]
+        split: [entry for year, name in lists for entry in read_list(voc.list_file(year, name), year)]
         for split, lists in voc.lists.items()
     }
     everything = sorted(set(chain(*entries.values())))
@@ -300,7 +309,7 @@ def _notes(voc: VocFolder, rows: Sequence[tuple[Entry, int, Annotation]], outsid
 
 def read_annotation(path: Path) -> Annotation:
     """What one XML file says. UserError, naming file and field, if it cannot be trusted."""
-    root = _root(path)
+    root = read_root(path)
     file_name = _text(path, root, "filename", "")
     if BAD_NAME.search(file_name) or "/" in file_name:
         raise UserError(f"{path}: filename {_short(file_name)} must be the name of a file in JPEGImages")
@@ -314,7 +323,7 @@ def read_annotation(path: Path) -> Annotation:
     return annotation
 
 
-def _root(path: Path) -> ElementTree.Element:
+def read_root(path: Path) -> ElementTree.Element:
     """The root of an XML file without declarations; decoded here, so that no encoding can hide one."""
     try:
         with open_regular(path) as file:

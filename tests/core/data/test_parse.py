@@ -121,6 +121,7 @@ def test_hostile_entries(
         ('{"images": [], "annotations": [' + "[" * 100_000, "no valid JSON .*recursion"),
         ('{"images": [NaN], "annotations": [], "categories": []}', "image entry number 1: nan"),
         ('{"images": NaN', "no valid JSON"),
+        ('{"images": [{"id": "\\ud800", "x": NaN}], "annotations": [], "categories": []}', "half a letter of UTF-16"),
         ("\x00\x01", "no valid JSON"),
     ],
 )
