@@ -10,6 +10,7 @@ from pathlib import Path
 
 from core.cli import OneLineParser, run
 from core.errors import UserError
+from core.files import replace_file
 
 CHECK_HELP = """All problems of a data set at once: counts of every split, then each check that found something, with
 its number of cases and the first few of them. Errors are what training refuses or leaves out with a note; warnings are
@@ -85,7 +86,7 @@ def check_command(arguments: argparse.Namespace) -> None:
     content = to_json(checked)
     to_stdout = str(arguments.json) == "-"
     if not to_stdout:
-        print(to_text(checked))
+        print(to_text(checked, mended=out is not None))
     if out:
         notes = write_repaired(checked, out)
         content["repaired"] = {"data": str(out / "data.yaml"), "notes": notes}
@@ -94,7 +95,7 @@ def check_command(arguments: argparse.Namespace) -> None:
     if to_stdout:
         print(json.dumps(content, indent=1))
     elif arguments.json:
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        replace_file(arguments.json, json.dumps(content, indent=1).encode() + b"\n")
     errors = content["errors"]
     if errors and not out:
         raise UserError(f"data {data}: {errors} error{'s' * (errors != 1)}{'' if to_stdout else ', listed above'}")

@@ -47,8 +47,8 @@ def count_split(split: Split) -> dict[str, Any]:
     }
 
 
-def to_text(checked: Checked) -> str:
-    """Counts of every split, then every check that found something, with examples."""
+def to_text(checked: Checked, *, mended: bool = False) -> str:
+    """Counts of every split, then every check that found something, with examples; `mended`: a copy is written too."""
     lines = [f"{name}: {_describe(split)}" for name, split in checked.splits.items()]
     for severity, meaning in (
         ("error", "Errors: training refuses these, or leaves them out with a note."),
@@ -58,7 +58,7 @@ def to_text(checked: Checked) -> str:
         if names:
             lines += ["", meaning]
             lines += [line for name in names for line in _describe_check(name, checked.problems)]
-    return "\n".join([*lines, "", _verdict(checked)])
+    return "\n".join([*lines, "", _verdict(checked, mended)])
 
 
 def _describe(split: Split) -> str:
@@ -88,10 +88,10 @@ def _describe_check(name: str, problems: Problems) -> list[str]:
     return [head, *meaning, *(f"    - {problem}" for problem in examples), *rest]
 
 
-def _verdict(checked: Checked) -> str:
+def _verdict(checked: Checked, mended: bool) -> str:
     """The last line."""
     errors, warnings = checked.problems.count("error"), checked.problems.count("warning")
     found = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
     if not errors:
         return f"{found}: training can read this data."
-    return f"{found}: --fix OUT writes a copy of the annotations without the errors."
+    return f"{found}." if mended else f"{found}: --fix OUT writes a copy of the annotations without the errors."

@@ -8,6 +8,7 @@ import json
 import math
 import mmap
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,27 +39,40 @@ def check_out(data: str, out: Path) -> None:
 def write_repaired(checked: Checked, out: Path) -> list[str]:
     """Writes the annotation files and data.yaml; what was dropped or mended, in lines.
 
+    The folder appears complete or not at all.
+
     Raises:
-        UserError: as `check_out`; or no split has an image left.
+        UserError: as `check_out`; no split has an image left; or the folder cannot be written.
     """
     check_out(checked.data, out)
     splits = {name: split for name, split in checked.splits.items() if _usable(split)}
     if not splits:
         raise UserError(f"data {checked.data}: no split has a sound image and a category; there is nothing to write")
+    place = out.absolute()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as temporary:
+            unfinished = Path(temporary) / "repaired"
+            lines = _write_splits(splits, unfinished)
+            unfinished.replace(place)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    left_out = [name for name in _mentioned(checked) if name not in splits]
+    return [f"{name}: left out, it has no sound image or no category" for name in left_out] + lines
+
+
+def _write_splits(splits: Mapping[str, Split], folder: Path) -> list[str]:
+    """All files of the copy."""
     categories = shared_categories(splits)
-    (out / ANNOTATIONS).mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"{name}: left out, it has no sound image or no category" for name in _mentioned(checked) if name not in splits
-    ]
+    (folder / ANNOTATIONS).mkdir(parents=True)
+    lines = []
     for name, split in splits.items():
         boxes = boxes_to_drop(split)
-        with (out / ANNOTATIONS / f"{name}.json").open("wb") as file:
-            if split.files:
-                _write_voc(file, split, boxes, categories)
-            else:
-                _write_coco(file, split, boxes, categories)
+        with (folder / ANNOTATIONS / f"{name}.json").open("wb") as file:
+            write = _write_voc if split.files else _write_coco
+            write(file, split, boxes, categories)
         lines += _summary(split, boxes, categories)
-    _write_yaml(out / "data.yaml", splits)
+    _write_yaml(folder / "data.yaml", splits)
     return lines
 
 
