@@ -88,6 +88,10 @@ class BoxRows:
     drop: Int16[np.ndarray, " M"]
 
 
+def _sets() -> dict[str, set[Any]]:
+    return {what: set() for what in KINDS}
+
+
 @dataclass
 class Split:
     """What could be read of a split."""
@@ -100,8 +104,8 @@ class Split:
     categories: list[CategoryEntry]
     category_positions: list[int]
     totals: dict[str, int]  # entries of every list, unreadable ones among them
-    lost: dict[str, set[Any]] = field(default_factory=dict)  # ids of unreadable entries of every list
-    mended: dict[str, set[int]] = field(default_factory=dict)  # positions of entries that needed a conversion
+    lost: dict[str, set[Any]] = field(default_factory=_sets)  # ids of unreadable entries of every list
+    mended: dict[str, set[int]] = field(default_factory=_sets)  # positions of entries that needed a conversion
     resized: set[int] = field(default_factory=set)  # rows of images whose size is that of the file now
     files: list[Path] = field(default_factory=list)  # of VOC: the XML file of every image
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.data import sources
 from core.data.check import (
     BoxView,
     Checked,
@@ -26,7 +27,7 @@ from core.data.check import (
     stretched,
     tiny,
 )
-from core.data.findings import to_json, to_text
+from core.data.findings import count_split, to_json, to_text
 from core.data.lenient import BoxRows, ImageRows
 from core.data.problems import CHECKS, CODES, check_table
 from core.data.repair import write_repaired
@@ -235,6 +236,22 @@ def test_repaired_voc_keeps_its_boxes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(after.train.boxes_xywh, before.train.boxes_xywh)
     np.testing.assert_array_equal(after.train.labels, before.train.labels)
     assert after.categories == before.categories
+
+
+def test_corners_counted_from_0(tmp_path: Path) -> None:
+    case = next(case for case in PLANTED if case.check == "voc-zero-based")
+    checked = check_data(str(case.plant(tmp_path)), one_based=False)
+    assert "voc-zero-based" not in checked.problems.counts
+    write_repaired(checked, tmp_path / "out")
+    assert boxes_left(tmp_path / "out")[1]["bbox"] == [0, 4, 20, 21]
+
+
+def test_drawn_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "SHAPES_SPLITS", {"train": 12, "val": 2})
+    checked = check_data("shapes")
+    assert not errors(checked)
+    assert {name: count_split(split)["images"] for name, split in checked.splits.items()} == {"train": 12, "val": 2}
+    assert sum(entry["boxes"] for entry in count_split(checked.splits["train"])["classes"]) > 12
 
 
 def test_nothing_is_left_to_write(tmp_path: Path) -> None:
