@@ -133,7 +133,11 @@ def without(place: Place, key: str) -> None:
 
 def save(content: bytes) -> Callable[[Place], None]:
     """Another content of the file of image 12."""
-    return lambda place: place.path("val", 12).write_bytes(content) and None
+
+    def change(place: Place) -> None:
+        place.path("val", 12).write_bytes(content)
+
+    return change
 
 
 def cut(place: Place, share: float = 0.5, last: int | None = None) -> None:

@@ -171,6 +171,15 @@ def test_repair_drops_boxes_with_their_image(tmp_path: Path) -> None:
     assert "val: 12 of 18 boxes kept; dropped: with their image 6" in notes
 
 
+def test_repair_of_images_with_one_id(tmp_path: Path) -> None:
+    notes, _ = repaired(tmp_path / "equal", "image-id-duplicate")
+    assert "val: 3 of 4 images kept; dropped: image-id-duplicate 1" in notes
+    assert "val: 18 of 18 boxes kept" in notes
+    notes, out = repaired(tmp_path / "other", "two-files-one-id")  # nobody knows whose the boxes of 12 are
+    assert "val: 2 of 4 images kept; dropped: image-id-duplicate 2" in notes
+    assert {entry["image_id"] for entry in boxes_left(out).values()} == {11, 13}
+
+
 def test_repair_mends_what_is_certain(tmp_path: Path) -> None:
     for name, note in [
         ("image-size-invalid", "val: sizes of images taken from their files: 1"),
