@@ -32,6 +32,7 @@ from core.data.parse import (
 )
 from core.data.problems import CODES, Problems
 from core.errors import UserError
+from core.files import open_regular
 
 LEAVES_FOLDER = re.compile(r"^/|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")
 Int64Value = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -158,7 +159,7 @@ def read_coco(name: str, folder: Path, path: Path, problems: Problems) -> Split 
 
 def _mapped(name: str, path: Path, problems: Problems) -> mmap.mmap | None:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         problems.add("annotations-missing", name, path, note=f"cannot be read ({error.strerror})")

@@ -17,6 +17,7 @@ from core.data.voc import (
     CORNERS,
     LISTS,
     MAX_BYTES,
+    MAX_NAME,
     MAX_NUMBER,
     VOC_CLASSES,
     YEARS,
@@ -67,13 +68,17 @@ class _Lists:
             return []
         names = [line.strip() for line in lines if line.strip()]
         for name in names:
-            if BAD_NAME.search(name) or "/" in name:
+            if _bad_name(name):
                 wrong.append(("voc-list-name", {"field": "name", "value": name, "note": "is no plain file name"}))
         wrong += [
             ("voc-list-duplicate", {"field": "name", "value": name, "note": "is listed more than once"})
             for name in repeated(names)
         ]
-        return [Entry(year, name) for name in dict.fromkeys(names) if not (BAD_NAME.search(name) or "/" in name)]
+        return [Entry(year, name) for name in dict.fromkeys(names) if not _bad_name(name)]
+
+
+def _bad_name(name: str) -> bool:
+    return bool(BAD_NAME.search(name)) or "/" in name or len(name) > MAX_NAME
 
 
 def read_voc(folder: Path, problems: Problems, *, one_based: bool) -> dict[str, Split] | None:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from core.data.images import MAX_PIXELS, check_header, read_image
+from core.data.images import FORMATS, MAX_PIXELS, check_header, read_image
 from core.errors import UserError
 
-ORIENTATION = 0x0112  # tag of EXIF and TIFF
+ORIENTATION = 0x0112  # tag of EXIF; that of TIFF is part of the format, and applied
 TAIL = 4096  # bytes at the end of a file in which an end marker must stand, and which tell files apart
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
 SUFFIXES = frozenset(
@@ -51,11 +51,13 @@ def probe(path: Path, *, pixels: bool = False) -> Probe:
     except UserError as error:
         large = bomb or facts.height * facts.width > MAX_PIXELS
         return facts._replace(error="image-too-large" if large else "image-unreadable", note=_reason(path, error))
-    if pixels or not facts.ended or facts.mode == "F":
+    if pixels or not facts.ended or facts.mode in ("", "F"):  # no mode: a JPEG that only the decoder takes
         try:
             decoded = read_image(path)
         except UserError as error:
             return facts._replace(error="image-corrupt", note=_reason(path, error))
+        if not facts.mode:
+            facts = facts._replace(height=len(decoded), width=decoded.shape[1], mode="RGB")
         if pixels:
             content = str(decoded.shape).encode() + decoded.tobytes()
             key = int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little")
@@ -68,7 +70,7 @@ def _facts(path: Path) -> tuple[Probe, bool]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=("JPEG", *FORMATS)) as image:
                 ended, key = _end(path, image.format or "")
                 return Probe("", "", image.height, image.width, image.mode, _orientation(image), ended, key), False
     except Image.DecompressionBombError:
@@ -84,8 +86,6 @@ def _orientation(image: Image.Image) -> int:
     try:
         if isinstance(content, bytes):
             exif.load(content)
-        elif image.format == "TIFF":
-            exif = image.getexif()
         value = exif.get(ORIENTATION, 1)
     except Exception:  # a damaged EXIF block turns nothing
         return 1
