@@ -236,11 +236,11 @@ def test_check(cells: Path) -> None:
     (cells / "Annotations/d.xml").write_text(text.replace("<width>64", "<width>65"))
     (cells / "JPEGImages/b.jpg").unlink()
     code, out, errors = command("check", cells)
-    problems = [line for line in out.splitlines() if line.startswith("problem: ")]
+    found = [line.rpartition("JPEGImages/")[2] for line in out.splitlines() if "JPEGImages/" in line]
     assert code == 2
-    assert [problem.rpartition("JPEGImages/")[2] for problem in problems] == [
-        "b.jpg: no such image file",
-        "d.jpg: is 64x48 pixels (width x height), but its annotation file says 65x48",
+    assert [(line.split(":")[0], line.rpartition(": ")[2]) for line in found] == [
+        ("b.jpg", "is not there"),
+        ("d.jpg", "size '64x48' but the annotation says 65x48"),
     ]
 
 
