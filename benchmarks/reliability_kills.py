@@ -48,7 +48,7 @@ PHASES = ("start", "step", "evaluation", "writing", "between")  # of a run, as i
 START, STEP, EVALUATION, WRITING, BETWEEN = range(len(PHASES))
 WAITED = (STEP, EVALUATION, WRITING)  # phases that kills must have met
 MOST_SIGNALS = 9  # in one run
-PATIENCE = 600  # seconds that a run may take; longer is a hang
+PATIENCE = 1200  # seconds that a run may take; longer is a hang
 
 
 class Outcome(NamedTuple):
@@ -78,7 +78,7 @@ def measure(
     draw.shuffle(signals)
     outcomes: list[Outcome] = []
     compared: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         os.environ["ANCHORAGE_CACHE"] = name
         data = folder / "data"
@@ -149,6 +149,7 @@ def interrupted_run(
         os.kill(run.pid or 0, left[0])
         run.join(PATIENCE)
         if run.exitcode is None:
+            run.kill()
             raise RuntimeError(f"{method}: alive {PATIENCE} s after {left[0].name}")
         outcomes.append(Outcome(method, left[0].name, met, run.exitcode, round(time.monotonic() - sent, 2)))
         left = left[1:]
@@ -210,6 +211,7 @@ def wait_for(run: BaseProcess, output: Path | None = None) -> None:
     """Wait for the end of a command that must succeed."""
     run.join(PATIENCE)
     if run.exitcode != 0:
+        run.kill()
         said = output.read_text()[-2000:] if output else ""
         raise RuntimeError(f"exit code {run.exitcode} of {run.name}: {said}")
 

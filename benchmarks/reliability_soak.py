@@ -26,7 +26,7 @@ DATA = ("--train", "400", "--val", "40", "--test", "1")  # drawn images, written
 RUN = (
     *("--preset", "small", "--backbone-weights", "none", "--frozen-stages", "0"),
     *("--channels", "64", "--short-side", "64", "--long-side", "96", "--batch-size", "2", "--steps", "1000000"),
-    *("--eval-every", "200", "--save-every", "50", "--log-every", "10", "--picture-every", "100"),
+    *("--eval-every", "60", "--save-every", "20", "--log-every", "10", "--picture-every", "30"),
     *("--workers", str(WORKERS), "--device", "cpu"),
 )
 MOST_GROWTH_MB = 20
@@ -36,7 +36,7 @@ class Sample(NamedTuple):
     """One look at a run."""
 
     second: float  # since its start
-    rss_mb: float  # of the training process and its loader workers
+    rss_mb: tuple[float, ...]  # of the training process and its loader workers
     descriptors: int  # open files, pipes and sockets of the same
     evaluating: bool  # more processes than usual: an evaluation's own workers
 
@@ -50,7 +50,10 @@ def measure(minutes: float = 30, settle: float = 5, every: float = 1.0) -> dict[
         every: seconds between two looks.
     """
     samples = []
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "output"), "w+") as output:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        open(Path(folder, "output"), "w+") as output,
+    ):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ANCHORAGE_CACHE": folder}
         data, out = str(Path(folder, "data")), str(Path(folder, "run"))
         shapes = [sys.executable, "-m", "core.data", "shapes", data, *DATA]
@@ -95,7 +98,7 @@ def look_at(pid: int, second: float) -> Sample | None:
         return None
     try:
         family = [pid, *workers[:WORKERS]]  # an evaluation's workers have higher numbers, being younger
-        rss = sum(rss_mb(member) for member in family)
+        rss = tuple(rss_mb(member) for member in family)
         descriptors = sum(len(os.listdir(f"/proc/{member}/fd")) for member in family)
     except OSError:  # one of them has just ended
         return None
@@ -132,7 +135,7 @@ def summary(samples: Sequence[Sample], settle: float) -> dict[str, Any]:
     for sample in samples:
         if not sample.evaluating:
             minutes.setdefault(int(sample.second // 60), []).append(sample)
-    rss = {minute: statistics.median(sample.rss_mb for sample in group) for minute, group in minutes.items()}
+    rss = {minute: statistics.median(sum(sample.rss_mb) for sample in group) for minute, group in minutes.items()}
     descriptors = {minute: statistics.median_high(s.descriptors for s in group) for minute, group in minutes.items()}
     counted = [minute for minute in sorted(rss) if minute >= settle]
     first = counted[0]
@@ -140,6 +143,10 @@ def summary(samples: Sequence[Sample], settle: float) -> dict[str, Any]:
         "looks": len(samples),
         "looks_during_evaluation": sum(sample.evaluating for sample in samples),
         "rss_mb_by_minute": {minute: round(value, 1) for minute, value in rss.items()},
+        "main_rss_mb_by_minute": {
+            minute: round(statistics.median(sample.rss_mb[0] for sample in group), 1)
+            for minute, group in minutes.items()
+        },
         "descriptors_by_minute": descriptors,
         "highest_descriptors": max(sample.descriptors for sample in samples if not sample.evaluating),
         "growth_mb": round(max(rss[minute] for minute in counted) - rss[first], 1),

@@ -5,6 +5,7 @@
 """
 
 import copy
+import gc
 import os
 import random
 import sys
@@ -340,6 +341,7 @@ def validate(
             checkpoint.save(folder / "best.pt", best)
         write_json(folder / "metrics.json", {"best": state.best, "last": {**metrics, "step": state.step}})
         draw_curves(read_log(folder / LOG), folder / "curves.png", str(folder))
+        gc.collect()  # a figure is a cycle of megabytes, and Python looks at old objects seldom
     save(state, folder, facts, log)
 
 
@@ -377,6 +379,7 @@ def draw(state: State, picture: Picture, log: RunLog | None) -> None:
     state.model.eval()
     with torch.no_grad():
         picture(state.model, state.step)
+    gc.collect()  # as after the curves
     state.model.train()
     set_random_states(before)
     if log:

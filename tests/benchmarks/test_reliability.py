@@ -119,12 +119,13 @@ def test_same_is_bit_by_bit() -> None:
 
 def test_memory_after_the_first_minutes() -> None:
     # 100 MB in minute 0; 200 to 203 in minutes 1 to 4; an evaluation's looks do not count
-    samples = [Sample(60 * minute + 10, 199.0 + minute if minute else 100.0, 30, False) for minute in range(5)]
-    samples += [Sample(130, 999.0, 99, True)]
+    samples = [Sample(60 * minute + 10, (100.0, 99.0 + minute if minute else 0.0), 30, False) for minute in range(5)]
+    samples += [Sample(130, (900.0, 99.0), 99, True)]
     found = summary(samples, settle=1)
     assert (found["growth_mb"], found["descriptor_growth"], found["looks_during_evaluation"]) == (3.0, 0, 1)
+    assert found["main_rss_mb_by_minute"] == dict.fromkeys(range(5), 100.0)
     assert summary(samples, settle=0)["growth_mb"] == 103.0
-    leaking = [*samples, Sample(300, 204.0, 31, False), Sample(301, 204.0, 31, False)]
+    leaking = [*samples, Sample(300, (104.0, 100.0), 31, False)]
     assert summary(leaking, settle=1)["descriptor_growth"] == 1
 
 

@@ -1,5 +1,6 @@
 """The loop on a toy model: schedule, optimiser, non-finite steps, stop and resume, ranks."""
 
+import gc
 import json
 import math
 import multiprocessing
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -423,6 +425,29 @@ def test_pictures_leave_no_trace_in_a_run(tmp_path: Path, whole: Path, every: in
     fit_toy(config, lambda start: batches(start, STEPS, config.batch_size), picture=picture)
     assert drawn == expected
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_drawings_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures refer to themselves, so that only Python's collector frees them; by itself it comes late."""
+    drawn: list[Any] = []
+    left: list[int] = []
+
+    class Figure:
+        def __init__(self) -> None:
+            self.canvas = self
+
+    def draw(*arguments: Any) -> None:
+        left.append(sum(figure() is not None for figure in drawn))
+        drawn.append(weakref.ref(Figure()))
+
+    monkeypatch.setattr("core.train.draw_curves", draw)
+    config = ToyConfig(out=str(tmp_path / "run"), picture_every=3)
+    gc.disable()
+    try:
+        fit_toy(config, lambda start: batches(start, STEPS, config.batch_size), picture=draw)
+    finally:
+        gc.enable()
+    assert left == [0] * 6  # four pictures, two curves
 
 
 def test_finished_run_says_so(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
