@@ -1,8 +1,11 @@
 """Which anchors are positive, negative or ignored, initial and promoted ones alike (paper, section 3; spec 2.2).
 
-Everything is batched over images and objects. The IoUs of all pairs are held once, (B, G, A); what computes them works
-on a chunk of anchors at a time.
+Everything is batched over images and objects. IoUs are computed for a chunk of anchors at a time; only a GPU holds
+those of all pairs, (B, G, A).
 """
+
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +16,9 @@ from core.types import BACKGROUND, IGNORED, Assignment, Targets
 
 FORCED_IOU = 1e-6  # an object has a best anchor only if their IoU is above it
 # Pairs worked on at once. A CPU is several times faster on pieces that stay in its cache.
-CPU_PAIRS, GPU_PAIRS = 2**20, 2**25
+CPU_PAIRS, GPU_PAIRS = 2**17, 2**25
+# Largest IoU and its anchor of each object, and which objects were turned away from it, to the next of both.
+Ask = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -42,31 +47,38 @@ def match_anchors(
     if objects == 0:
         return Assignment(*(targets.labels.new_full((batch, boxes.shape[-2]), BACKGROUND) for _ in range(2)))
     present = torch.where(targets.valid[..., None], targets.boxes, 0.0)  # padding has no area and overlaps nothing
-    ious, best, owner = pairwise_ious(boxes, present)
+    best, owner, values, anchors = best_pairs(boxes, present)
     gt_index = torch.where(best >= positive_iou, owner, torch.where(best < negative_iou, BACKGROUND, IGNORED))
-    gt_index = give_anchors(gt_index, *best_free_anchors(ious))
+    gt_index = give_anchors(gt_index, *best_free_anchors(values, anchors, asker(boxes, present)))
     labels = labels_of(gt_index.clamp(min=BACKGROUND), targets.labels)
     return Assignment(gt_index, torch.where(gt_index == IGNORED, IGNORED, labels))
 
 
-def pairwise_ious(
+def best_pairs(
     boxes: Float[Tensor, "*#B A 4"], objects: Float[Tensor, "B G 4"]
-) -> tuple[Float[Tensor, "B G A"], Float[Tensor, "B A"], Int[Tensor, "B A"]]:
-    """IoUs of all pairs of an image, and of each anchor the largest one with the object it belongs to.
+) -> tuple[Float[Tensor, "B A"], Int[Tensor, "B A"], Float[Tensor, "B G"], Int[Tensor, "B G"]]:
+    """Largest IoU of each anchor and the object it belongs to, then of each object and the anchor it belongs to.
 
-    Of objects with equal IoU the first is taken. G is at least 1.
+    Of equal IoUs the first is taken. G is at least 1.
     """
-    (batch, count), anchors = objects.shape[:2], boxes.shape[-2]
-    pairs = GPU_PAIRS if objects.is_cuda else CPU_PAIRS
-    ious = objects.new_empty(batch, count, anchors)
-    best = []
-    for start in range(0, anchors, size := max(1, pairs // (batch * count))):
-        chunk = slice(start, start + size)
-        part = _chunk_ious(boxes[..., chunk, :], objects)
-        best.append(part.max(dim=1))
-        ious[..., chunk] = part
-    values, owner = (torch.cat(parts, dim=-1) for parts in zip(*best, strict=True))
-    return ious, values, owner
+    of_anchors, of_objects = [], []
+    for start, ious in chunks_of_ious(boxes, objects):
+        of_anchors.append(ious.max(dim=1))
+        values, anchors = ious.max(dim=2)
+        of_objects.append((values, anchors + start))
+    best, owner = (torch.cat(parts, dim=1) for parts in zip(*of_anchors, strict=True))
+    values, anchors = (torch.stack(parts, dim=2) for parts in zip(*of_objects, strict=True))
+    values, chunk = values.max(dim=2)
+    return best, owner, values, anchors.gather(2, chunk[..., None])[..., 0]
+
+
+def chunks_of_ious(
+    boxes: Float[Tensor, "*#B A 4"], objects: Float[Tensor, "B G 4"]
+) -> Iterator[tuple[int, Float[Tensor, "B G _"]]]:
+    """IoUs of all objects with some anchors at a time, after the number of the first of them."""
+    size = max(1, (GPU_PAIRS if objects.is_cuda else CPU_PAIRS) // objects[..., 0].numel())
+    for start in range(0, boxes.shape[-2], size):
+        yield start, _chunk_ious(boxes[..., start : start + size, :], objects)
 
 
 def _chunk_ious(boxes: Float[Tensor, "*#B n 4"], objects: Float[Tensor, "B G 4"]) -> Float[Tensor, "B G n"]:
@@ -82,7 +94,9 @@ def _chunk_ious(boxes: Float[Tensor, "*#B n 4"], objects: Float[Tensor, "B G 4"]
     return intersections.div_(unions)
 
 
-def best_free_anchors(ious: Float[Tensor, "B G A"]) -> tuple[Int[Tensor, "B G"], Bool[Tensor, "B G"]]:
+def best_free_anchors(
+    values: Float[Tensor, "B G"], anchors: Int[Tensor, "B G"], ask: Ask
+) -> tuple[Int[Tensor, "B G"], Bool[Tensor, "B G"]]:
     """Each object's own anchor: pairs are taken by falling IoU, each object and each anchor once (spec section 2.2).
 
     In every round each object asks for its best anchor; of those that ask for the same one all but the best are turned
@@ -92,23 +106,71 @@ def best_free_anchors(ious: Float[Tensor, "B G A"]) -> tuple[Int[Tensor, "B G"],
     is settled would wait for the device.
 
     Args:
-        ious: of all pairs, G at least 1. Overwritten: pairs that were turned away become 0.
+        values: largest IoU of each object, G at least 1.
+        anchors: which anchor that is.
+        ask: what finds the next best anchor of those turned away.
 
     Returns:
         An anchor for each object, and whether it has one with an IoU above `FORCED_IOU`.
     """
-    count = ious.shape[1]
-    first = torch.ones(count, count, dtype=torch.bool, device=ious.device).tril(-1)  # column's object comes first
-    for _ in range(count):
-        values, anchors = ious.max(dim=2)
-        asks = values > FORCED_IOU
-        rivals = (anchors[:, :, None] == anchors[:, None, :]) & asks[:, None, :]
-        mine, other = values[:, :, None], values[:, None, :]
-        refused = (rivals & ((other > mine) | ((other == mine) & first))).any(dim=2) & asks
-        if not ious.is_cuda and not refused.any():
+    refused = turned_away(values, anchors)
+    for _ in range(values.shape[1] - 1):
+        if not values.is_cuda and not refused.any():
             break
-        ious.scatter_(2, anchors[..., None], values.masked_fill(refused, 0.0)[..., None])
-    return anchors, asks & ~refused
+        values, anchors = ask(values, anchors, refused)
+        refused = turned_away(values, anchors)
+    return anchors, (values > FORCED_IOU) & ~refused
+
+
+def turned_away(values: Float[Tensor, "B G"], anchors: Int[Tensor, "B G"]) -> Bool[Tensor, "B G"]:
+    """Which objects ask for an anchor that one with a larger IoU, or an equal one before them, asks for as well."""
+    count = values.shape[1]
+    first = torch.ones(count, count, dtype=torch.bool, device=values.device).tril(-1)  # column's object comes first
+    asks = values > FORCED_IOU
+    rivals = (anchors[:, :, None] == anchors[:, None, :]) & asks[:, None, :]
+    mine, other = values[:, :, None], values[:, None, :]
+    return (rivals & ((other > mine) | ((other == mine) & first))).any(dim=2) & asks
+
+
+def asker(boxes: Float[Tensor, "*#B A 4"], objects: Float[Tensor, "B G 4"]) -> Ask:
+    """How those turned away find their next anchor: a GPU holds all IoUs, a CPU computes theirs anew.
+
+    On a CPU few are turned away, and fresh memory for all IoUs costs it more than the rest of matching.
+    """
+    if not objects.is_cuda:
+        return partial(ask_anew, boxes, objects)
+    return partial(ask_held, torch.cat([ious for _, ious in chunks_of_ious(boxes, objects)], dim=2))
+
+
+def ask_held(
+    ious: Float[Tensor, "B G A"],
+    values: Float[Tensor, "B G"],
+    anchors: Int[Tensor, "B G"],
+    refused: Bool[Tensor, "B G"],
+) -> tuple[Float[Tensor, "B G"], Int[Tensor, "B G"]]:
+    """Best anchors, IoU first, in a matrix of IoUs. In it pairs that were turned away become 0."""
+    ious.scatter_(2, anchors[..., None], values.masked_fill(refused, 0.0)[..., None])
+    values, anchors = ious.max(dim=2)
+    return values, anchors
+
+
+def ask_anew(
+    boxes: Float[Tensor, "*#B A 4"],
+    objects: Float[Tensor, "B G 4"],
+    values: Float[Tensor, "B G"],
+    anchors: Int[Tensor, "B G"],
+    refused: Bool[Tensor, "B G"],
+) -> tuple[Float[Tensor, "B G"], Int[Tensor, "B G"]]:
+    """The same from boxes. An object asks in the order of its pairs, so the next is the best behind its last."""
+    values, anchors = values.clone(), anchors.clone()
+    numbers = torch.arange(boxes.shape[-2], device=boxes.device)
+    for part in refused.nonzero().split(max(1, CPU_PAIRS // len(numbers))):
+        image, row = part.unbind(1)
+        ious = _chunk_ious(boxes[image] if boxes.dim() == 3 else boxes, objects[image, row, None])[:, 0]
+        last, place = values[image, row, None], anchors[image, row, None]
+        behind = (ious < last) | ((ious == last) & (numbers > place))
+        values[image, row], anchors[image, row] = ious.masked_fill_(~behind, 0.0).max(dim=1)
+    return values, anchors
 
 
 def give_anchors(

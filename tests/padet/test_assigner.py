@@ -1,5 +1,8 @@
 """Matching, theta's filter and mining: golden checks 6 and 7, slow twins, ties, edges."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,12 +12,16 @@ from core.types import BACKGROUND, IGNORED, Assignment, Targets
 from padet import assigner
 from padet.assigner import (
     FORCED_IOU,
+    Ask,
+    ask_anew,
+    ask_held,
     best_free_anchors,
+    best_pairs,
+    chunks_of_ious,
     filter_easy_negatives,
     give_anchors,
     match_anchors,
     mine_negatives,
-    pairwise_ious,
 )
 
 
@@ -55,9 +62,23 @@ def scenes(seed: int, batch: int, anchors: int, objects: int) -> tuple[Tensor, T
     return boxes(anchors, 5), boxes(objects, 5), valid
 
 
+def all_ious(boxes: Tensor, objects: Tensor) -> Tensor:
+    return torch.cat([ious for _, ious in chunks_of_ious(boxes, objects)], dim=2)
+
+
+def held(boxes: Tensor, objects: Tensor) -> Ask:
+    """How a GPU asks."""
+    return partial(ask_held, all_ious(boxes, objects))
+
+
+@pytest.mark.parametrize(("asker", "chunk"), [(held, 2**17), (partial(partial, ask_anew), 40)])
 @pytest.mark.parametrize("anchors", [1, 3, 12, 25])
 @pytest.mark.parametrize("objects", [1, 2, 5, 9, 14])
-def test_matching_against_a_loop_on_a_thousand_scenes(anchors: int, objects: int) -> None:
+def test_matching_against_a_loop_on_a_thousand_scenes(
+    anchors: int, objects: int, asker: Callable[[Tensor, Tensor], Ask], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assigner, "CPU_PAIRS", chunk)
+    monkeypatch.setattr(assigner, "asker", asker)
     boxes, present, valid = scenes(100 * anchors + objects, 50, anchors, objects)
     found = match_anchors(boxes, targets_of(present, valid))
     for image in range(50):
@@ -69,7 +90,7 @@ def test_matching_against_a_loop_on_a_thousand_scenes(anchors: int, objects: int
 
 def test_scenes_have_ties_and_conflicts() -> None:
     boxes, present, _ = scenes(1209, 50, 12, 9)
-    ious = pairwise_ious(boxes, present)[0]
+    ious = all_ious(boxes, present)
     best = ious.max(dim=2)
     assert ((ious == best.values[..., None]).sum(dim=2) > 1).any()  # an object with two best anchors
     assert any(len(set(image.tolist())) < 9 for image in best.indices)  # an anchor wanted by two objects
@@ -80,17 +101,28 @@ def test_ious_are_those_of_core_whatever_the_chunk(chunk: int, monkeypatch: pyte
     monkeypatch.setattr(assigner, "CPU_PAIRS", chunk)
     boxes, objects, _ = scenes(3, 4, 11, 6)
     boxes, objects = boxes + torch.rand(boxes.shape) * 0.3, objects - torch.rand(objects.shape) * 0.3
-    ious, best, owner = pairwise_ious(boxes, objects)
     expected = box_iou(boxes[:, None], objects[:, :, None])
-    assert torch.equal(ious, expected)
-    assert torch.equal(best, expected.amax(dim=1))
-    assert torch.equal(owner, expected.max(dim=1).indices)
-    shared = pairwise_ious(boxes[0], objects)[0]
+    assert torch.equal(all_ious(boxes, objects), expected)
+    for found, best in zip(best_pairs(boxes, objects), (*expected.max(dim=1), *expected.max(dim=2)), strict=True):
+        assert torch.equal(found, best)
+    shared = all_ious(boxes[0], objects)
     assert torch.equal(shared, box_iou(boxes[:1, None], objects[:, :, None]))
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 10**6])
+def test_the_first_of_equal_ious_whatever_the_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assigner, "CPU_PAIRS", chunk)
+    boxes = torch.tensor([[20.0, 20, 24, 24], [0, 0, 4, 4], [9, 9, 12, 12], [0, 0, 4, 4]])
+    best, owner, values, anchors = best_pairs(boxes, torch.tensor([[[0.0, 0, 4, 4], [0, 0, 4, 4], [90, 90, 91, 91]]]))
+    assert best.tolist() == [[0, 1, 0, 1]]
+    assert owner.tolist() == [[0, 0, 0, 0]]
+    assert values.tolist() == [[1, 1, 0]]
+    assert anchors.tolist() == [[1, 1, 0]]
+
+
 def chosen(ious: list[list[float]]) -> tuple[list[int], list[bool]]:
-    anchors, given = best_free_anchors(torch.tensor([ious]))
+    matrix = torch.tensor([ious])
+    anchors, given = best_free_anchors(*matrix.max(dim=2), partial(ask_held, matrix))
     return anchors[0].tolist(), given[0].tolist()
 
 
@@ -122,7 +154,8 @@ def test_ties_by_hand() -> None:
 def test_matching_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     # Check 6: a0 to GT0, a1 negative (.28), a2 forced to GT1, a3 negative, a4 (.4) ignored
     ious = torch.tensor([[[0.6, 0.2, 0.45, 0.1, 0.4], [0.1, 0.28, 0.35, 0.05, 0.1]]])
-    monkeypatch.setattr(assigner, "pairwise_ious", lambda *_: (ious.clone(), *ious.max(dim=1)))
+    monkeypatch.setattr(assigner, "best_pairs", lambda *_: (*ious.max(dim=1), *ious.max(dim=2)))
+    monkeypatch.setattr(assigner, "asker", lambda *_: partial(ask_held, ious.clone()))
     found = match_anchors(torch.zeros(5, 4), targets_of(torch.zeros(1, 2, 4)))
     assert found.gt_index.tolist() == [[0, BACKGROUND, 1, BACKGROUND, IGNORED]]
     assert found.labels.tolist() == [[10, BACKGROUND, 11, BACKGROUND, IGNORED]]
