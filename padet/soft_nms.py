@@ -3,9 +3,11 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from core.boxes import box_area
 from core.nms import Candidates, best_in_groups
 
 Kernel = Literal["linear", "gaussian"]
@@ -34,26 +36,51 @@ def soft_nms(
     members = group_members(images * (labels.amax() + 1) + labels if len(labels) else labels)
     remaining = torch.where(members >= 0, scores[members], 0.0) if len(labels) else scores.new_zeros(0, 0)
     while members.numel():
-        left, top, right, bottom = corners = boxes[members].unbind(-1)
-        planes = (*corners, (right - left) * (bottom - top))
-        for _ in range(min(ROUNDS, members.shape[1])):
-            values, picks = remaining.max(dim=1, keepdim=True)
-            taken = members.gather(1, picks)[:, 0].clamp(min=0)  # a class that has nothing left takes something for 0
-            final.scatter_reduce_(0, taken, values[:, 0], "amax")
-            remaining.scatter_(1, picks, 0.0)
-            remaining *= decay(_ious_with(picks, planes), kernel, iou, sigma)
-        best, needed = remaining.amax(dim=1), weakest_of_best(final, images, limit)[images[members[:, 0]]]
-        alive = (best > 0) & (best >= needed.clamp(min=floor))
+        values, picks = take_rounds(boxes[members], remaining, min(ROUNDS, members.shape[1]), kernel, iou, sigma)
+        taken = members.gather(1, picks).clamp(min=0)  # a class that has nothing left takes something for 0
+        final.scatter_reduce_(0, taken.flatten(), values.flatten(), "amax")
+        needed = weakest_of_best(final, images, limit)[images[members[:, 0]]].clamp(min=floor)
+        remaining = remaining.masked_fill(remaining < needed[:, None], 0.0)  # they lower none that counts
+        alive = (remaining > 0).any(dim=1)
         members, remaining = without_taken(members[alive], remaining[alive])
-    kept = best_in_groups(final, images, limit)
-    return candidates._replace(scores=final).select(kept[(final[kept] >= floor) & (final[kept] > 0)])
+    found = candidates._replace(scores=final).select(((final >= floor) & (final > 0)).nonzero()[:, 0])
+    return found.select(best_in_groups(found.scores, found.images, limit))
 
 
-def decay(ious: Float[Tensor, "n k"], kernel: Kernel, iou: float, sigma: float) -> Float[Tensor, "n k"]:
-    """Factor of the scores of boxes with these IoUs to the one just taken (Bodla et al., section 3)."""
+def take_rounds(
+    boxes: Float[Tensor, "m k 4"],
+    remaining: Float[Tensor, "m k"],
+    rounds: int,
+    kernel: Kernel,
+    iou: float,
+    sigma: float,
+) -> tuple[Float[Tensor, "m r"], Int[Tensor, "m r"]]:
+    """Scores and columns of the boxes that each row takes in these rounds; `remaining` is lowered in place.
+
+    A round is many small operations, so both axes of all boxes go through one.
+    """
+    planes = torch.stack([*boxes.unbind(-1), box_area(boxes).clamp(min=1e-12)])
+    lows, highs, areas = planes[:2], planes[2:4], planes[4]
+    taken = []
+    for _ in range(rounds):
+        taken.append(remaining.max(dim=1, keepdim=True))
+        picks = taken[-1].indices
+        remaining.scatter_(1, picks, 0.0)
+        best = planes.gather(2, picks.expand(5, -1, -1))
+        sides = torch.minimum(highs, best[2:4]).sub_(torch.maximum(lows, best[:2])).clamp_(min=0)
+        intersections = sides[0].mul_(sides[1])
+        ious = intersections.div_((areas + best[4]).sub_(intersections))
+        lower(remaining, ious, kernel, iou, sigma)
+    values, columns = zip(*taken, strict=True)
+    return torch.cat(values, dim=1), torch.cat(columns, dim=1)
+
+
+def lower(scores: Float[Tensor, "n k"], ious: Float[Tensor, "n k"], kernel: Kernel, iou: float, sigma: float) -> None:
+    """Lower scores in place by their boxes' IoUs, overwritten, to the one just taken (Bodla et al., section 3)."""
     if kernel == "gaussian":
-        return ious.square().div_(-sigma).exp_()
-    return torch.where(ious > iou, 1 - ious, 1.0)
+        scores.mul_(ious.square_().div_(-sigma).exp_())
+    else:
+        scores.addcmul_(scores, F.threshold_(ious, iou, 0.0), value=-1)  # s * (1 - IoU) where the IoU is above `iou`
 
 
 def group_members(groups: Int[Tensor, " n"]) -> Int[Tensor, "m k"]:
@@ -68,10 +95,12 @@ def group_members(groups: Int[Tensor, " n"]) -> Int[Tensor, "m k"]:
 
 def weakest_of_best(scores: Float[Tensor, " n"], images: Int[Tensor, " n"], limit: int) -> Float[Tensor, " B"]:
     """The score at place `limit` of every image, 0 where fewer are above 0."""
-    above = scores.nonzero()[:, 0]
+    above, least = scores.nonzero()[:, 0], scores.new_zeros(int(images.max()) + 1)
+    if len(above) < limit:
+        return least
     kept = above[best_in_groups(scores[above], images[above], limit)]
-    counts = torch.bincount(images[kept], minlength=int(images.max()) + 1)
-    return torch.where(counts == limit, scores[kept][counts.cumsum(0).clamp(min=1) - 1], 0.0)
+    counts = torch.bincount(images[kept], minlength=len(least))
+    return torch.where(counts == limit, scores[kept][counts.cumsum(0).clamp(min=1) - 1], least)
 
 
 def without_taken(
@@ -82,14 +111,3 @@ def without_taken(
     width = int(left.sum(dim=1).max()) if len(left) else 0
     order = (~left).byte().argsort(dim=1, stable=True)[:, :width]
     return members.gather(1, order), remaining.gather(1, order)
-
-
-def _ious_with(picks: Int[Tensor, "n 1"], planes: tuple[Float[Tensor, "n k"], ...]) -> Float[Tensor, "n k"]:
-    """IoU of every box with the one its row picked, of corners and areas apart and in place."""
-    left, top, right, bottom, areas = planes
-    x1, y1, x2, y2, area = (plane.gather(1, picks) for plane in planes)
-    widths = torch.minimum(right, x2).sub_(torch.maximum(left, x1)).clamp_(min=0)
-    heights = torch.minimum(bottom, y2).sub_(torch.maximum(top, y1)).clamp_(min=0)
-    intersections = widths.mul_(heights)
-    unions = (areas + area).sub_(intersections)
-    return intersections.div_(unions.clamp_(min=1e-12))
