@@ -3,10 +3,12 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from core.heads import rows
 from core.layers import FrozenBatchNorm
 from padet.config import Fam
 
@@ -60,7 +62,11 @@ class FeatureAlignment(nn.Module):
         """Aligned features and the offsets, of APM's deltas (B, 4A, H, W). Sampled in float32 under autocast."""
         offsets = self.offsets(x, deltas)
         precise = torch.promote_types(x.dtype, torch.float32)  # torchvision has no bfloat16 kernel on CPU
-        y = deform_conv2d(x.to(precise), offsets.to(precise), self.conv.weight, padding=1)
+        maps, moves = x.to(precise), offsets.to(precise)
+        if x.is_cpu and not torch.is_grad_enabled():
+            y = sampled_conv(maps, moves, self.conv.weight)
+        else:
+            y = deform_conv2d(maps, moves, self.conv.weight, padding=1)
         return self.norm(y.to(x.dtype)).relu(), offsets
 
     def offsets(
@@ -79,6 +85,55 @@ class FeatureAlignment(nn.Module):
             return self.offset(shapes) + self.shift(locations).repeat(1, TAPS, 1, 1)
         chosen = {"explicit_l": (locations,), "explicit_s": (shapes,)}.get(self.source, (locations, shapes))
         return self.offset(torch.cat(chosen, dim=1))
+
+
+def sampled_conv(
+    x: Float[Tensor, "B C H W"], offsets: Float[Tensor, "B 18 H W"], weight: Float[Tensor, "D C 3 3"]
+) -> Float[Tensor, "B D H W"]:
+    """What `deform_conv2d` with padding 1 gives, without its gradients, for a CPU.
+
+    torchvision's kernel there samples one channel at a time, on one thread. Here a sample is the weighted sum of four
+    cells with all their channels, which one row of memory holds, and a matrix product does the rest.
+    """
+    batch, channels, height, width = x.shape
+    cells, shares = sampling_places(offsets)
+    bags = F.embedding_bag(cells, rows(x).flatten(0, 1), per_sample_weights=shares, mode="sum")
+    samples = bags.view(batch * height * width, TAPS * channels)
+    with torch.autocast(x.device.type, enabled=False):
+        y = samples @ weight.permute(0, 2, 3, 1).flatten(1).T
+    return y.view(batch, height, width, len(weight)).permute(0, 3, 1, 2)
+
+
+def sampling_places(offsets: Float[Tensor, "B 18 H W"]) -> tuple[Int[Tensor, "n 4"], Float[Tensor, "n 4"]]:
+    """The four cells around each place that is sampled, and their shares: bilinear, cells outside the map count 0.
+
+    Args:
+        offsets: (dy, dx) of nine places, in cells.
+
+    Returns:
+        For n = B * H * W * 9 places numbers of cells, counted over the images of the batch, row by row.
+    """
+    batch, _, height, width = offsets.shape
+    device = offsets.device
+    taps = torch.arange(TAPS, device=device)
+    moves = offsets.permute(0, 2, 3, 1).unflatten(3, (TAPS, 2))
+    y = moves[..., 0] + (torch.arange(height, device=device)[:, None, None] + taps // 3 - 1)
+    x = moves[..., 1] + (torch.arange(width, device=device)[:, None] + taps % 3 - 1)
+    row, row_share = _neighbours(y, height)
+    column, column_share = _neighbours(x, width)
+    first = torch.arange(batch, device=device)[:, None, None, None, None] * height
+    cells = ((first + row) * width)[..., :, None] + column[..., None, :]
+    return cells.view(-1, 4), (row_share[..., :, None] * column_share[..., None, :]).view(-1, 4)
+
+
+def _neighbours(places: Float[Tensor, "*n"], size: int) -> tuple[Int[Tensor, "*n 2"], Float[Tensor, "*n 2"]]:
+    """Whole numbers below and above each place on an axis, kept inside it, and their shares; those outside get 0."""
+    places = places.clamp(-1, size)
+    low = places.floor()
+    share = places - low
+    both = torch.stack([low, low + 1], dim=-1)
+    shares = torch.stack([1 - share, share], dim=-1).masked_fill((both < 0) | (both >= size), 0.0)
+    return both.clamp(0, size - 1).nan_to_num(0.0).long(), shares  # the share of a NaN place is NaN
 
 
 def split_deltas(deltas: Float[Tensor, "B D H W"]) -> tuple[Float[Tensor, "B E H W"], Float[Tensor, "B E H W"]]:

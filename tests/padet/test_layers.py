@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import deform_conv2d
 
+from padet import layers
 from padet.config import Fam
-from padet.layers import FeatureAlignment, conv_block, split_deltas
+from padet.layers import FeatureAlignment, conv_block, sampled_conv, split_deltas
 
 SOURCES = [source for source in get_args(Fam) if source != "none"]
 
@@ -115,6 +118,58 @@ def test_sampled_in_float32_under_autocast() -> None:
         aligned, _ = fam(x.bfloat16(), deltas.bfloat16())
     plain = fam.norm(F.conv2d(x.bfloat16().float(), fam.conv.weight, padding=1)).relu()
     torch.testing.assert_close(aligned.float(), plain, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 1e9])
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 1, 1), (2, 5, 6), (3, 1, 4)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_sampling_on_a_cpu_is_torchvisions(
+    spread: float, batch: int, height: int, width: int, memory_format: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 4, height, width, generator=generator, dtype=torch.float64).to(memory_format=memory_format)
+    offsets = torch.randn(batch, 18, height, width, generator=generator, dtype=torch.float64) * spread
+    offsets[:, ::4] = offsets[:, ::4].round()  # whole cells, and places exactly on the border
+    weight = torch.randn(3, 4, 3, 3, generator=generator, dtype=torch.float64).to(memory_format=memory_format)
+    torch.testing.assert_close(sampled_conv(x, offsets, weight), deform_conv2d(x, offsets, weight, padding=1))
+
+
+def test_places_that_are_no_number_give_none() -> None:
+    offsets = torch.zeros(1, 18, 5, 6)
+    offsets[0, 0, 2, 3] = torch.nan
+    y = sampled_conv(inputs()[0][:1], offsets, torch.ones(3, 4, 3, 3))
+    assert y.isnan().sum() == 3
+    assert y[0, :, 2, 3].isnan().all()
+
+
+def test_multiply_adds_are_those_of_the_convolution() -> None:
+    x, weight = inputs()[0], torch.zeros(3, 4, 3, 3)
+    with FlopCounterMode(display=False) as counter:
+        sampled_conv(x, torch.zeros(2, 18, 5, 6), weight)
+    assert counter.get_total_flops() == 2 * 2 * 5 * 6 * weight.numel()
+
+
+def test_torchvision_samples_where_gradients_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    fam, (x, deltas) = module("disentangled"), inputs()
+    for parameter in fam.parameters():
+        nn.init.normal_(parameter)
+    aligned = fam(x, deltas)[0]
+    monkeypatch.setattr(layers, "deform_conv2d", None)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(fam(x, deltas)[0], aligned, atol=1e-4, rtol=1e-4)
+    with pytest.raises(TypeError):
+        fam(x, deltas)
+
+
+def test_sampled_in_float32_under_autocast_without_gradients() -> None:
+    fam, (x, deltas) = module("disentangled"), inputs()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        aligned, _ = fam(x.bfloat16(), deltas.bfloat16())
+    with torch.no_grad():
+        plain = fam.norm(F.conv2d(x.bfloat16().float(), fam.conv.weight, padding=1)).relu()
+    assert aligned.dtype == torch.bfloat16
+    torch.testing.assert_close(aligned, plain.bfloat16(), atol=0.01, rtol=0.01)
 
 
 def test_blocks_have_no_bias_before_the_norm() -> None:
