@@ -186,7 +186,7 @@ def whole_case(
 
     Both have random weights and COCO's classes; a GMAC is 1e9 multiply-adds of convolutions, of one image. Untrained
     scores are about equal for all classes; the threshold of each detector is set so that as many pairs of anchor and
-    class reach NMS in both. The image has the network's size.
+    class reach NMS in both. The image has the network's size. Both keep their maps channels last, as our commands do.
 
     Args:
         config: of PADet; VGG-16 at 384 x 384 by default. Its biases must start at 0, so that its scores are as SSD's.
@@ -203,6 +203,8 @@ def whole_case(
     torch.manual_seed(seed)
     model = PADet(config, CLASSES).eval()
     ssd = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=CLASSES + 1).eval()
+    for network in (model, ssd):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     sizes = torch.tensor([[config.size, config.size]])
     images = torch.randint(256, (1, 3, config.size, config.size), dtype=torch.uint8)
     picture = torch.rand(3, SSD_SIDE, SSD_SIDE)
