@@ -204,7 +204,7 @@ def whole_case(
     model = PADet(config, CLASSES).eval()
     ssd = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=CLASSES + 1).eval()
     for network in (model, ssd):
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
     sizes = torch.tensor([[config.size, config.size]])
     images = torch.randint(256, (1, 3, config.size, config.size), dtype=torch.uint8)
     picture = torch.rand(3, SSD_SIDE, SSD_SIDE)

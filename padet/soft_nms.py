@@ -80,7 +80,8 @@ def lower(scores: Float[Tensor, "n k"], ious: Float[Tensor, "n k"], kernel: Kern
     if kernel == "gaussian":
         scores.mul_(ious.square_().div_(-sigma).exp_())
     else:
-        scores.addcmul_(scores, F.threshold_(ious, iou, 0.0), value=-1)  # s * (1 - IoU) where the IoU is above `iou`
+        overlaps = F.threshold(ious, iou, 0.0, inplace=True)  # 0 where the IoU is not above `iou`
+        scores.addcmul_(scores, overlaps, value=-1)
 
 
 def group_members(groups: Int[Tensor, " n"]) -> Int[Tensor, "m k"]:
