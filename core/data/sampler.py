@@ -70,8 +70,9 @@ def training_images(table: Table, empty_images: str) -> Int64[np.ndarray, " n"]:
     if empty_images == "keep":
         return np.arange(len(table))
     good = ~table.crowd & (table.boxes_xywh[:, 2:] > MIN_SIDE).all(axis=1)
-    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(good)])[table.box_offsets]
-    rows = np.flatnonzero(np.diff(before))
+    before = np.zeros(len(good) + 1, np.int32)  # good boxes before each box
+    np.cumsum(good, out=before[1:])
+    rows = np.flatnonzero(np.diff(before[table.box_offsets]))
     if len(rows) == 0:
         raise UserError(
             f"{table.source}: no image has a box that is wider and higher than {MIN_SIDE:g} px and no crowd; boxes are "
@@ -104,11 +105,7 @@ class Sampler:
 
     def canvas(self, group: int, short_side: int) -> tuple[int, int]:
         """The canvas of an orientation and a short side: the same for all short sides of one bucket of 32 px."""
-        config = self.config
-        largest = min(round_up(short_side), config.short_sides[1])
-        resized = network_sizes(self.sizes[group], (largest, config.scale[1]), config.resize_rule)
-        height, width = resized.max(axis=0)
-        return round_up(int(height)), round_up(int(width))
+        return _canvas(self, group, min(round_up(short_side), self.config.short_sides[1]))
 
     def _short_side(self, index: int) -> int:
         low, high = self.config.short_sides
@@ -124,10 +121,9 @@ class Sampler:
             epoch += 1
         before, after = self._batches_before(epoch), self._batches_before(epoch + 1)
         counts = [b - a for a, b in zip(before, after, strict=True)]
-        order = permutation(self.config.seed, GROUP_ORDER, epoch, sum(counts))
-        groups = np.repeat(np.arange(len(counts)), counts)[order][: index - sum(before) + 1]
-        group = int(groups[-1])
-        return group, before[group] + int((groups[:-1] == group).sum())
+        groups, turns = _turns(self.config.seed, epoch, tuple(counts))
+        group = int(groups[index - sum(before)])
+        return group, before[group] + int(turns[index - sum(before)])
 
     def _take(self, group: int, start: int, count: int) -> Int64[np.ndarray, " n"]:
         """`count` images of a group's stream from position `start`."""
@@ -140,10 +136,38 @@ class Sampler:
         return np.concatenate(parts)
 
 
+@lru_cache(maxsize=64)
+def _canvas(sampler: Sampler, group: int, largest: int) -> tuple[int, int]:
+    """The canvas of a group whose images get a short side of up to `largest`; millions of images differ in size."""
+    config = sampler.config
+    resized = network_sizes(sampler.sizes[group], (largest, config.scale[1]), config.resize_rule)
+    height, width = resized.max(axis=0)
+    return round_up(int(height)), round_up(int(width))
+
+
+@lru_cache(maxsize=2)
+def _turns(
+    seed: int, epoch: int, counts: tuple[int, ...]
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """For each batch of an epoch its group, and how many of that group come before it in the epoch."""
+    order = permutation(seed, GROUP_ORDER, epoch, sum(counts))
+    groups = np.repeat(np.arange(len(counts)), counts)[order]
+    turns = np.zeros(len(groups), np.int64)
+    for group, count in enumerate(counts):
+        turns[groups == group] = np.arange(count)
+    return groups, turns
+
+
+def _distinct(heights: Integer[np.ndarray, " n"], widths: Integer[np.ndarray, " n"]) -> Int64[np.ndarray, "m 2"]:
+    """The different (height, width), in rising order; a pair packed into one number sorts much faster."""
+    packed = np.unique(heights.astype(np.int64) << 32 | widths)
+    return np.stack([packed >> 32, packed & (2**32 - 1)], axis=1)
+
+
 def training_sampler(table: Table, config: TrainConfig) -> Sampler:
     """The sampler of a training set. UserError if nothing is left to train on."""
     rows = training_images(table, config.empty_images)
     portrait = (table.heights[rows] > table.widths[rows]) & (config.resize_rule != "square")
     groups = tuple(group for group in (rows[~portrait], rows[portrait]) if len(group))
-    sizes = tuple(np.unique(np.stack([table.heights[group], table.widths[group]], axis=1), axis=0) for group in groups)
+    sizes = tuple(_distinct(table.heights[group], table.widths[group]) for group in groups)
     return Sampler(groups, sizes, config)

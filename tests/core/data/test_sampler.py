@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from core.config import PyramidConfig
-from core.data.sampler import augmentation_random, permutation, random_bits, training_images, training_sampler
+from core.data.sampler import (
+    _distinct,
+    augmentation_random,
+    permutation,
+    random_bits,
+    training_images,
+    training_sampler,
+)
 from core.data.table import Category, NoImages, Table
 from core.data.transforms import resized_sizes
 from core.errors import UserError
@@ -166,3 +173,10 @@ def test_random_numbers_never_change() -> None:
         expected = philox([7, 5], [1, 0, 9, place]) + philox([7, 5], [2, 0, 9, place])
         assert [int(random.random_raw()) for _ in range(8)] == expected
     assert random_bits(-1, 2, 5, count=4).tolist() == philox([2**64 - 1, 2], [1, 0, 5, 0])
+
+
+def test_distinct_sizes() -> None:
+    rng = np.random.default_rng(0)
+    heights, widths = rng.integers(1, 6, (2, 100), dtype=np.int32) * 2**20
+    expected = sorted(set(zip(heights.tolist(), widths.tolist(), strict=True)))
+    assert _distinct(heights, widths).tolist() == [list(pair) for pair in expected]

@@ -135,6 +135,17 @@ def test_workers_map_the_file(folder: Path) -> None:
     assert_equal(pickle.loads(packed), opened)
 
 
+def test_a_worker_refuses_a_cache_that_was_replaced(folder: Path) -> None:
+    path = folder / "annotations" / "instances_train2017.json"
+    packed = pickle.dumps(open_annotations(path, NoImages()))
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"][0] += 1
+    path.write_text(json.dumps(content) + " ")
+    open_annotations(path, NoImages())
+    with pytest.raises(ValueError, match="changed while it was in use"):
+        pickle.loads(packed)
+
+
 def test_processes_that_open_at_once(folder: Path, cache: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from core.data.parse import open_annotations; "
