@@ -21,6 +21,7 @@ from benchmarks.annotations_speed import measure as measure_annotations
 from benchmarks.atss_speed import atss_case
 from benchmarks.dynamic_speed import dynamic_added_case, dynamic_assign_case, dynamic_memory_case
 from benchmarks.evaluator_speed import evaluator_case, voting_case
+from benchmarks.loader_speed import loader_cases
 from benchmarks.mixture_speed import mixture_case
 from benchmarks.paa_memory import paa_memory_case
 from benchmarks.paa_speed import paa_loss_case
@@ -193,6 +194,15 @@ def annotations() -> list[Row]:
     return [row(case | first | reference, "pycocotools", 2), row(case | later | reference, "pycocotools", 100)]
 
 
+def loader() -> list[Row]:
+    """From JPEG files to batches, for 0, 1 and 2 workers."""
+    rows = []
+    for case in loader_cases():
+        pace = " against our ".join(f"{case['images_per_second'][name]:.1f}" for name in ("theirs", "ours"))
+        rows.append(row(case, f"PIL, floats; {pace} images/s", 3))
+    return rows
+
+
 BENCHMARKS: dict[str, Callable[[], list[Row] | list[Peak] | list[Share]]] = {
     "paa-mixture": mixture,
     "paa-loss": paa_loss,
@@ -210,6 +220,7 @@ BENCHMARKS: dict[str, Callable[[], list[Row] | list[Peak] | list[Share]]] = {
     "voting": voting,
     "evaluator": evaluator,
     "annotations": annotations,
+    "loader": loader,
 }
 
 

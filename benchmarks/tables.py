@@ -507,6 +507,60 @@ def reliability_table(results: Path) -> str:
     return f"{markdown(['what', 'measured', 'wanted'], cells)}\n{'; '.join(devices)}. {result['licence_note']}\n"
 
 
+def fuzz_table(results: Path) -> str:
+    """What reading hostile files did."""
+    result = read_result(results / "fuzz.json")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    header = ["hostile files", "files", "refused in one line", "read", "faults"]
+    rows = [
+        [
+            kind,
+            f"{one['files']:,}",
+            f"{one['refused']:,}",
+            f"{one['files'] - one['refused']:,}",
+            str(len(one["faults"])),
+        ]
+        for kind, one in result["kinds"].items()
+    ]
+    flips = [
+        [kind, *(f"{100 * one[reader] / one['flips']:.0f} %" for reader in ("ours", "pillow"))]
+        for kind, one in result["noticed_flips"].items()
+    ]
+    noticed = markdown(["one changed bit in the second half of", "noticed here", "by Pillow"], flips)
+    return f"{markdown(header, rows)}\n{noticed}"
+
+
+def scale_table(results: Path) -> str:
+    """Opening and sampling a very large training set."""
+    result = read_result(results / "scale.json")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    plan, workers, parsed = result["plan"], result["workers"], result["json"]
+    rows = [
+        ["table on the disk", f"{result['table_megabytes']:,.0f} MB"],
+        ["open it from the cache, all of it verified", f"{result['open']['open_s']:.1f} s"],
+        ["memory of its own that opening takes", f"{result['open']['private_megabytes']:.0f} MB"],
+        ["choose the training images, make the sampler", f"{plan['sampler_s']:.1f} s"],
+        ["plan the first batch: shuffle the epoch", f"{plan['first_batch_s']:.1f} s"],
+        ["plan further batches", f"{plan['batches_per_second']:,.0f} a second"],
+        *(
+            [f"a worker ({way}): ready after, then memory of its own", f"{one['ready_s']:.1f} s, {growth(one)}"]
+            for way, one in workers.items()
+        ),
+        [
+            f"parse JSON of {parsed['images']:,} images, {parsed['boxes']:,} boxes, {parsed['file_megabytes']:,.0f} MB",
+            f"{parsed['first_open_s']:.1f} s, {parsed['peak_megabytes']:,.0f} MB at most",
+        ],
+    ]
+    return markdown([f"{result['images']:,} images, {result['boxes']:,} boxes", "measured"], rows)
+
+
+def growth(worker: dict[str, float]) -> str:
+    """`35 MB`: what a worker holds for itself."""
+    return f"{worker['private_megabytes']:.0f} MB"
+
+
 def plural(count: int, noun: str) -> str:
     """`1 thread`, `2 threads`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
@@ -520,11 +574,13 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "dynamic-presets": dynamic_presets_table,
     "padet-balance": padet_balance_table,
     "padet-bccd": padet_table,
+    "fuzz": fuzz_table,
     "padet-presets": padet_presets_table,
     "padet-trained": padet_trained_table,
     "presets": presets_table,
     "quick": quick_table,
     "reliability": reliability_table,
+    "scale": scale_table,
     "speed": speed_table,
     "tood-bccd": tood_table,
     "tood-presets": tood_presets_table,

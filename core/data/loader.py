@@ -182,7 +182,8 @@ def make_batch(
             samples.append(resize_sample(sample, (height, width), flip, config.box_geometry))
         else:
             samples.append(augment(sample, (height, width), augmentation_random(config.seed, step, place)))
-    objects = padded_count(int(np.diff(table.box_offsets)[plan.images].max(initial=0)))
+    counts = table.box_offsets[plan.images + 1] - table.box_offsets[plan.images]
+    objects = padded_count(int(counts.max(initial=0)))
     images = torch.zeros(len(rows), 3, *plan.canvas, dtype=torch.uint8)
     boxes = torch.zeros(len(rows), objects, 4)
     labels = torch.zeros(len(rows), objects, dtype=torch.int64)

@@ -61,10 +61,12 @@ def resize(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np
 
     Note: Pillow is what the authors used and gives the same bytes on every machine; torchvision's resize takes half
     the time but differs by one grey level in one of a thousand values. MMDetection uses OpenCV without averaging.
+    The result lies in memory plane by plane, as batches do: taking the planes out of Pillow is the fastest way there.
     """
     if image.shape[:2] == size:
         return image
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return np.stack([np.asarray(plane) for plane in resized.split()]).transpose(1, 2, 0)
 
 
 def corner_boxes(xywh: Float64[np.ndarray, "n 4"], geometry: Geometry) -> Float64[np.ndarray, "n 4"]:
