@@ -39,12 +39,13 @@ class OneLineParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and exit with code 2."""
+        """Print one line, under `torchrun` one of each node, and exit with code 2."""
         message = re.sub(r"^argument (\S+): ", r"\1: ", message).replace(": must be", " must be", 1)
         choices = re.search(r"invalid choice: '(.*?)' \(choose from (.+)\)", message)
         if choices:
             message += nearest(choices[1], [word.strip("' ") for word in choices[2].split(",")])
-        self.exit(2, f"error: {' '.join(message.split())}\n")
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # all ranks have the same command line
+        self.exit(2, f"error: {' '.join(message.split())}\n" if speaks else None)
 
     def _all_flags(self) -> list[str]:
         flags = list(self._option_string_actions)

@@ -84,16 +84,17 @@ def train(
         load_weights: fills the model's backbone from `config.backbone_weights`, see `core.backbone`.
         augment: the method's own augmentation in place of resizing and mirroring.
     """
-    with distributed.process_group(config.device) as device:
+    with distributed.process_group(config.device, config.rank_timeout) as device:
         data = open_data(config.data, config.seed, voc_one_based=config.voc_one_based)
         images = len(training_images(data.train, config.empty_images))
         steps, config = total_steps(config, images), with_warmup_steps(config, images)
         seed_everything(config.seed, deterministic=config.deterministic)
         model: Any = build(config, len(data.categories))
-        if not config.weights:
-            with distributed.main_first():
+        if distributed.is_main():
+            if not config.weights:
                 load_weights(model.backbone, config.backbone_weights, config)
-        load_start_weights(model, config, method)
+            load_start_weights(model, config, method)
+        distributed.broadcast_model(model)
         share = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         best = fit(
             model,
@@ -151,9 +152,10 @@ def evaluate(
         detect = partial(detect, config=trained.config)
         views = paper_views(*trained.config.scale) if arguments.tta else ()
         out = arguments.out or arguments.weights.parent / f"evaluate-{arguments.split}{'-tta' if views else ''}"
-        out.mkdir(parents=True, exist_ok=True)
-        if views and distributed.is_main():
-            print(describe_views(views), flush=True)  # it will take a while
+        if distributed.is_main():
+            out.mkdir(parents=True, exist_ok=True)
+            if views:
+                print(describe_views(views), flush=True)  # it will take a while
         found = detect_table(trained.model, detect, table, trained.config, device, views)
         if not distributed.is_main():
             return {}
@@ -221,7 +223,8 @@ def load_trained(
     asked: Mapping[str, Any] | None = None,
 ) -> Trained:
     """The model of a checkpoint on the device, configured as it was trained but for hardware and what is `asked`."""
-    content = checkpoint.load(arguments.weights, method=method)
+    content = checkpoint.load(arguments.weights, method=method) if distributed.is_main() else {}
+    content = distributed.broadcast(content)
     try:
         config = config_from_values(content["config"], config_type, str(arguments.weights))
         categories = tuple(Category(int(number), str(name)) for number, name in content["categories"])

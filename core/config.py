@@ -74,6 +74,7 @@ class TrainConfig(ABC):
     # hardware
     device: str = "auto"  # cuda if there is one, else cpu
     workers: int = 2  # loader processes of each rank; 0: load in the training process
+    rank_timeout: float = 10.0  # minutes that ranks wait for one that is stuck, before all end
     precision: Literal["fp32", "bf16"] = "fp32"  # of the network; losses and assignment are always float32
     accumulate: int = 1  # equal parts in which a rank's images pass the network: less memory, one more forward pass
     compile: bool = False  # torch.compile the network
@@ -97,6 +98,8 @@ class TrainConfig(ABC):
             raise ValueError(f"warmup_epochs must be at least 0, got {self.warmup_epochs}")
         if list(self.milestones) != sorted(self.milestones) or not all(0 < m <= 1 for m in self.milestones):
             raise ValueError(f"milestones must be rising fractions of the run in (0, 1], got {self.milestones}")
+        if not 0 < self.rank_timeout <= 10_000:
+            raise ValueError(f"rank_timeout must be above 0 and at most 10,000 minutes, got {self.rank_timeout}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if not -(2**63) <= self.seed < 2**63:

@@ -6,10 +6,11 @@
 
 import copy
 import gc
+import inspect
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ FREE_FIELDS = (
     "workers",
     "device",
     "compile",
+    "rank_timeout",
     "log_every",
     "save_every",
     "picture_every",
@@ -254,7 +256,9 @@ def wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Modu
     if distributed.world_size() == 1:
         return network
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    accepted = inspect.signature(DistributedDataParallel).parameters
+    own_buffers: Any = {"forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers": False}
+    return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True, **own_buffers)
 
 
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:
@@ -408,12 +412,24 @@ def resume(state: State, folder: Path, facts: Mapping[str, Any], config: TrainCo
     if state.average is not None:
         state.average.load_state_dict(content["average"])
     state.step, state.evaluated, state.best = content["step"], content["evaluated"], content["best"]
-    ranks = content["ranks"]
-    own = ranks[distributed.rank() if len(ranks) == distributed.world_size() else 0]
+    own = share_of_rank(content["ranks"], distributed.rank(), distributed.world_size())
     device = next(state.model.parameters()).device
     state.sums = {name: value.to(device) for name, value in own["sums"].items()}
     state.summed = own["summed"]
     set_random_states(own["random"])
+
+
+def share_of_rank(saved: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> Mapping[str, Any]:
+    """What a rank takes over from the ranks that wrote a checkpoint: random states and the sums of the log interval.
+
+    Another number of ranks goes on from the mean of the sums, which is what the log will say of these steps. A rank
+    that was not there draws the random numbers of the first.
+    """
+    own = saved[rank] if rank < len(saved) else saved[0]
+    if len(saved) == world_size:
+        return own
+    means = {name: torch.stack([part["sums"][name] for part in saved]).mean(dim=0) for name in own["sums"]}
+    return {**own, "sums": means}
 
 
 def _refuse_other_run(content: Mapping[str, Any], facts: Mapping[str, Any], config: TrainConfig, folder: Path) -> None:

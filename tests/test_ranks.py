@@ -1,38 +1,24 @@
 """Two processes train as one does with the same global batch, also where one of them never sees an object."""
 
-import json
+import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from core.config import PyramidConfig
-from core.data.sampler import training_sampler
-from core.data.sources import open_data
+from benchmarks.elastic import write_half_empty
 from tests.runs import FROZEN_NORM, METHODS, call, read_checkpoint, read_log, run, tiny
 
 STEPS = 4
 
 
-def write_half_empty(folder: Path) -> None:
-    """Drawn images of which those that the second of two ranks gets in the first steps have lost their boxes."""
-    run("core.data", "shapes", str(folder), "--train", "8", "--val", "2", "--test", "1")
-    table = open_data(str(folder)).train
-    config = PyramidConfig(steps=STEPS, batch_size=2, empty_images="keep")
-    emptied = {
-        int(table.image_ids[training_sampler(table, config).batch(step).images[1]]) for step in range(1, STEPS + 1)
-    }
-    path = folder / "annotations" / "instances_train.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["annotations"] = [row for row in content["annotations"] if row["image_id"] not in emptied]
-    assert content["annotations"]
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_equal_one(method: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
-    write_half_empty(data)
+    config = importlib.import_module(f"{method}.config").PRESETS["small"]
+    config = replace(config, steps=STEPS, epochs=None, batch_size=2, empty_images="keep")
+    write_half_empty(data, config, images=2 * STEPS, places=slice(1, 2))
     results = {}
     for ranks in (1, 2):
         out = tmp_path / f"ranks-{ranks}"

@@ -40,6 +40,7 @@ from core.train import (
     seed_everything,
     set_lr,
     set_random_states,
+    share_of_rank,
 )
 from core.types import Batch
 from tests.core.toy_run import STEPS, Toy, ToyConfig, batches, criterion, evaluate, run_toy
@@ -543,12 +544,12 @@ def test_resumed_average_is_bit_equal(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    """Losses and weights, also when the second rank never has an object. Sums in another order: rtol 1e-5."""
-    settings = {"out": str(tmp_path / "two"), "toy_noise": 0.0, "no_objects_on": 1}
+def run_two(folder: Path, **settings: Any) -> None:
+    """The toy on two ranks, in processes of their own; the second never sees an object."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    settings = {"out": str(folder), "toy_noise": 0.0, "no_objects_on": 1, **settings}
     ranks = [
         subprocess.Popen(
             [*TOY_RUN, json.dumps(settings)],
@@ -561,16 +562,78 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     for process in ranks:
         error = process.communicate(timeout=100)[1]
         assert process.returncode == 0, error.decode()[-2000:]
-    config = ToyConfig(out=str(tmp_path / "one"), toy_noise=0.0)
-    fit_toy(config, lambda start: merged_ranks(start, config.batch_size))
-    two, one = (checkpoint.load(tmp_path / name / "last.pt") for name in ("two", "one"))
+        assert b"Warning" not in error
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two ranks that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    run_two(folder)
+    return folder
+
+
+def assert_close_runs(folder: Path, other: Path) -> None:
+    """Losses and weights of different numbers of ranks. Sums in another order: rtol 1e-5."""
+    one, two = (checkpoint.load(run / "last.pt") for run in (folder, other))
     torch.testing.assert_close(two["model"], one["model"], rtol=1e-5, atol=1e-7)
-    assert len(two["ranks"]) == 2
-    for left, right in zip(*(read_log(tmp_path / name / "log.jsonl") for name in ("two", "one")), strict=True):
+    for left, right in zip(*(read_log(run / "log.jsonl") for run in (folder, other)), strict=True):
         assert left.pop("split") == right.pop("split")
         for name in MACHINE_FIELDS:
             left.pop(name, None), right.pop(name, None)
         assert left == pytest.approx(right, rel=1e-5)
+
+
+def test_two_ranks_equal_one(tmp_path: Path, two: Path) -> None:
+    """Also when the second rank never has an object."""
+    config = ToyConfig(out=str(tmp_path / "one"), toy_noise=0.0)
+    fit_toy(config, lambda start: merged_ranks(start, config.batch_size))
+    assert len(checkpoint.load(two / "last.pt")["ranks"]) == 2
+    assert_close_runs(tmp_path / "one", two)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, two: Path) -> None:
+    """One rank, then two, then one; each stop is inside a log interval of three steps."""
+    config = ToyConfig(out=str(tmp_path / "run"), toy_noise=0.0)
+
+    def stopped_at(step: int) -> Callable[[int], Iterator[Batch]]:
+        def own_batches(start: int) -> Iterator[Batch]:
+            for current, batch in enumerate(merged_ranks(start, config.batch_size), start=start + 1):
+                if current == step:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        return own_batches
+
+    with pytest.raises(SystemExit):
+        fit_toy(config, stopped_at(4))
+    run_two(tmp_path / "run", stop_at=8)
+    content = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert content["step"] == 8
+    assert len(content["ranks"]) == 2
+    fit_toy(config, stopped_at(0))
+    assert_close_runs(tmp_path / "run", two)
+
+
+def test_share_of_rank_by_hand() -> None:
+    saved = [
+        {"random": "first", "sums": {"loss": torch.tensor(4.0)}, "summed": 2},
+        {"random": "second", "sums": {"loss": torch.tensor(8.0)}, "summed": 2},
+    ]
+    assert share_of_rank(saved, 1, 2) is saved[1]
+    assert share_of_rank(saved, 0, 1) == {"random": "first", "sums": {"loss": torch.tensor(6.0)}, "summed": 2}
+    assert share_of_rank(saved, 1, 4) == {"random": "second", "sums": {"loss": torch.tensor(6.0)}, "summed": 2}
+    assert share_of_rank(saved, 3, 4) == {"random": "first", "sums": {"loss": torch.tensor(6.0)}, "summed": 2}
+
+
+def test_a_killed_rank_is_restarted_and_the_weights_are_the_same(tmp_path: Path, two: Path) -> None:
+    settings = {"out": str(tmp_path / "run"), "toy_noise": 0.0, "no_objects_on": 1, "kill_at": 8}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, *launch, "-m", "tests.core.toy_run", json.dumps(settings)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "steps 7 to 12" in done.stdout  # it went on from the checkpoint of step 6
+    assert_same_run(tmp_path / "run", two)
 
 
 def merged_ranks(start: int, batch_size: int) -> Iterator[Batch]:

@@ -1,6 +1,7 @@
 """A tiny detector-shaped run for the tests of the loop; `python -m tests.core.toy_run JSON` runs it.
 
-Keys of the JSON: the fields of ToyConfig, and `kill_at` or `fail_at` (a step), `no_objects_on` (a rank), `threads`.
+Keys of the JSON: the fields of ToyConfig, and `kill_at`, `fail_at` or `stop_at` (a step), `no_objects_on` (a rank),
+`threads`. Of several ranks the second is the one that dies or is asked to stop.
 """
 
 import json
@@ -92,17 +93,26 @@ def evaluate(model: nn.Module, stop_asked: StopAsked) -> dict[str, float]:
     return {"AP": 0.5 + 0.1 * float(torch.tensor(weight).sin()), "AP50": 0.9}
 
 
-def run_toy(config: ToyConfig, *, kill_at: int = 0, fail_at: int = 0, no_objects_on: int = -1) -> dict[str, float]:
-    """Train the toy; optionally die by SIGKILL or by an exception when a step's batch is asked for."""
+def run_toy(
+    config: ToyConfig, *, kill_at: int = 0, fail_at: int = 0, stop_at: int = 0, no_objects_on: int = -1
+) -> dict[str, float]:
+    """Train the toy; optionally die by SIGKILL or an exception, or get SIGTERM, when a step's batch is asked for.
+
+    A run that torchrun has restarted is not killed again.
+    """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
     def own_batches(start: int) -> Iterator[Batch]:
         assert config.steps is not None
         ranks = distributed.rank(), distributed.world_size()
         stream = batches(start, config.steps, config.batch_size, *ranks, no_objects_on)
         for step, batch in enumerate(stream, start=start + 1):
-            if step == kill_at:
+            last = distributed.rank() == distributed.world_size() - 1
+            if step == kill_at and last and not restarted:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if step == fail_at:
+            if step == stop_at and last:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if step == fail_at and last:
                 raise RuntimeError("the loader died")
             yield batch
 
@@ -120,7 +130,7 @@ def main() -> None:
     """Run with the settings of the command line's JSON."""
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings.pop("threads", 1))
-    extra = {key: settings.pop(key) for key in ("kill_at", "fail_at", "no_objects_on") if key in settings}
+    extra = {key: settings.pop(key) for key in ("kill_at", "fail_at", "stop_at", "no_objects_on") if key in settings}
     run_toy(ToyConfig(**settings), **extra)
 
 
