@@ -245,17 +245,15 @@ def nodes(method: str, data: Path, folder: Path) -> dict[str, Any]:
     return {"method": method, "steps": steps, "restart_seconds": round(seconds, 2), "written": written, "equal": equal}
 
 
-def write_half_empty(folder: Path, config: TrainConfig, images: int, places: slice) -> None:
-    """Drawn images of which those that come at some places of a global batch have lost their boxes.
+def drop_boxes(folder: Path, config: TrainConfig, places: slice) -> None:
+    """Take the boxes from those training images of a folder that come at some places of the global batches.
 
     Args:
-        folder: where the data go.
+        folder: as `core.shapes.write_shapes` leaves it. A run that sees an image twice sees it in another place too.
         config: of the run, with `steps`.
-        images: to draw; a run that sees one twice would see it in another place too.
         places: of the images that become empty.
     """
     assert config.steps is not None
-    write_shapes(folder, {"train": images, "val": 2, "test": 1}, 0)
     table = open_data(str(folder)).train
     sampler = training_sampler(table, config)
     plans = [sampler.batch(step) for step in range(1, config.steps + 1)]
@@ -264,7 +262,7 @@ def write_half_empty(folder: Path, config: TrainConfig, images: int, places: sli
     content = json.loads(path.read_text(encoding="utf-8"))
     content["annotations"] = [row for row in content["annotations"] if row["image_id"] not in emptied]
     if not content["annotations"]:
-        raise UserError(f"{folder}: no image has kept its boxes; draw more than {images}")
+        raise UserError(f"{folder}: no image has kept its boxes; draw more")
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -272,14 +270,23 @@ def empty(method: str, data: Path, folder: Path) -> dict[str, Any]:
     """500 steps in which the second of two ranks sees empty images only."""
     config = importlib.import_module(f"{method}.config").PRESETS["small"]
     config = replace(config, steps=EMPTY_STEPS, epochs=None, batch_size=2, empty_images="keep")
-    drawn = folder / f"half-empty-{method}"
-    write_half_empty(drawn, config, 2 * EMPTY_STEPS + 20, slice(1, 2))
+    drawn, half_empty = folder / "drawn", folder / f"half-{method}"
+    if not drawn.exists():
+        write_shapes(drawn, {"train": 2 * EMPTY_STEPS + 20, "val": 2, "test": 1}, 0)
+    shutil.copytree(drawn, half_empty)
+    drop_boxes(half_empty, config, slice(1, 2))
     log = folder / f"empty-{method}.txt"
-    run = [*arguments(method, drawn, f"empty-{method}", EMPTY_STEPS), "--empty-images", "keep", "--eval-every", "0"]
+    run = [
+        *arguments(method, half_empty, f"empty-{method}", EMPTY_STEPS),
+        "--empty-images",
+        "keep",
+        "--eval-every",
+        "0",
+    ]
     began = time.monotonic()
     finish([start(ONE_NODE, run, folder, log)], log)
     seconds = time.monotonic() - began
-    shutil.rmtree(drawn)
+    shutil.rmtree(half_empty)
     rows = [row for row in read_log(folder / f"empty-{method}" / LOG) if row["split"] == "train"]
     losses = [row["loss"] for row in rows]
     return {

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -566,12 +567,67 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def elastic_table(results: Path) -> str:
+    """What `benchmarks.elastic` saw, a row for each method."""
+    result = read_result(results / "elastic.json")
+    if result is None:
+        return f"{NOT_MEASURED}\n"
+    found = result["results"]
+    methods = [method for method in PACKAGES if any(method in found.get(check, {}) for check in ELASTIC_CELLS)]
+    rows = [
+        [
+            method,
+            *(
+                cell(found[check][method]) if method in found.get(check, {}) else NOT_MEASURED
+                for check, cell in ELASTIC_CELLS.items()
+            ),
+        ]
+        for method in methods
+    ]
+    header = ["method", "ranks killed; weights; seconds to the next step", "two nodes, one rank killed; weights"]
+    header += ["1, 2, 1 ranks: weights differ by", "second rank without objects"]
+    machine = (
+        f"{result['device']}, {plural(result['cpus'], 'core')}, shared with other work, so seconds are upper limits."
+    )
+    return f"{markdown(header, rows)}\n{machine}\n"
+
+
+def killed_cell(found: dict[str, Any]) -> str:
+    """How many were killed, whether the end was the same, median and longest recovery."""
+    seconds = [kill["recovery_seconds"] for kill in found["kills"]]
+    return f"{len(seconds)}; {same(found)}; {statistics.median(seconds):.0f} (at most {max(seconds):.0f})"
+
+
+def resized_cell(found: dict[str, Any]) -> str:
+    """The largest difference of a weight."""
+    return f"{found['weights_differ']:.1e}"
+
+
+def empty_cell(found: dict[str, Any]) -> str:
+    """How far the run came."""
+    return f"{found['steps']} steps, losses {'finite' if found['finite'] else 'NOT FINITE'}"
+
+
+def same(found: dict[str, Any]) -> str:
+    """Whether a run ended with the bits of the undisturbed one."""
+    return "equal" if found["equal"] else "DIFFERENT"
+
+
+PACKAGES = ("paa", "dynamic_atss", "tood_tal", "padet")
+ELASTIC_CELLS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "killed": killed_cell,
+    "nodes": same,
+    "resized": resized_cell,
+    "empty": empty_cell,
+}
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "ablations": ablation_table,
     "bccd": bccd_table,
     "coco": coco_table,
     "dynamic-bccd": dynamic_table,
     "dynamic-presets": dynamic_presets_table,
+    "elastic": elastic_table,
     "padet-balance": padet_balance_table,
     "padet-bccd": padet_table,
     "fuzz": fuzz_table,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.elastic import write_half_empty
+from benchmarks.elastic import drop_boxes
+from core.shapes import write_shapes
 from tests.runs import FROZEN_NORM, METHODS, call, read_checkpoint, read_log, run, tiny
 
 STEPS = 4
@@ -18,7 +19,8 @@ def test_two_processes_equal_one(method: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     config = importlib.import_module(f"{method}.config").PRESETS["small"]
     config = replace(config, steps=STEPS, epochs=None, batch_size=2, empty_images="keep")
-    write_half_empty(data, config, images=2 * STEPS, places=slice(1, 2))
+    write_shapes(data, {"train": 2 * STEPS, "val": 2, "test": 1}, seed=0)
+    drop_boxes(data, config, places=slice(1, 2))
     results = {}
     for ranks in (1, 2):
         out = tmp_path / f"ranks-{ranks}"
