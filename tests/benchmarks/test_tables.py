@@ -44,6 +44,20 @@ def test_missing_results_say_not_measured(name: str, tmp_path: Path) -> None:
     assert "not measured" in tables.TABLES[name](tmp_path)
 
 
+def test_elastic_table_by_hand(tmp_path: Path) -> None:
+    kills = [{"recovery_seconds": seconds} for seconds in (3.0, 9.0, 4.0)]
+    killed = {"paa": {"kills": kills, "equal": True}, "tood_tal": {"kills": kills[:1], "equal": False}}
+    results = {"killed": killed, "resized": {"paa": {"weights_differ": 2e-7}}, "nodes": {"paa": {"equal": True}}}
+    results["empty"] = {"tood_tal": {"steps": 500, "finite": True}}
+    write = {"results": results, "device": "cpu", "cpus": 2}
+    (tmp_path / "elastic.json").write_text(json.dumps(write))
+    rows = tables.elastic_table(tmp_path).splitlines()[2:4]
+    assert rows == [
+        "| paa | 3; equal; 4 (at most 9) | equal | 2.0e-07 | not measured |",
+        "| tood_tal | 1; DIFFERENT; 3 (at most 3) | not measured | not measured | 500 steps, losses finite |",
+    ]
+
+
 def write_ablations(path: Path, **ap: float) -> None:
     """Two seeds of each detector, 2 points of AP apart from their mean."""
     detectors = {

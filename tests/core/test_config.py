@@ -126,6 +126,7 @@ def test_a_section_is_in_one_piece() -> None:
         ({"milestones": (60000.0,)}, "milestones must be rising fractions"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"ema": 1.0}, "ema must be in"),
+        ({"rank_timeout": 0.0}, "rank_timeout must be above 0 and at most 10,000 minutes, got 0.0"),
     ],
 )
 def test_impossible_configurations(changes: dict[str, Any], message: str) -> None:

@@ -135,7 +135,7 @@ def rows(found: Iterator[Batch]) -> list[int]:
     return [int(number) for batch in found for number in batch.image_ids]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 13])  # of ten images
 def test_evaluation_sees_every_image_once(drawn: Table, world_size: int) -> None:
     parts = [rows(eval_batches(drawn, CONFIG, rank=rank, world_size=world_size)) for rank in range(world_size)]
     assert sorted(number for part in parts for number in part) == list(range(1, 11))
