@@ -13,6 +13,7 @@ Networks and images are tiny; CPU.
 """
 
 import argparse
+import atexit
 import hashlib
 import importlib
 import json
@@ -54,7 +55,7 @@ FROZEN_NORM = {"padet": ("--norm", "frozen", "--block-norm", "frozen")}
 KILLS = {"paa": 3, "dynamic_atss": 3, "tood_tal": 2, "padet": 2}
 STEPS_A_KILL = 20
 EMPTY_STEPS = 500
-PATIENCE = 600.0  # seconds after which a run that shows no progress counts as hung
+PATIENCE = 3600.0  # seconds after which a run counts as hung
 PORT = 29411  # of the rendezvous between the namespaces
 NODES = {"elastic-a": "10.203.0.1", "elastic-b": "10.203.0.2"}  # network namespaces and their addresses
 
@@ -70,9 +71,9 @@ def arguments(method: str, data: Path, out: str, steps: int) -> list[str]:
 def start(
     launch: Sequence[str], run: Sequence[str], folder: Path, log: Path, **variables: str
 ) -> subprocess.Popen[str]:
-    """torchrun in a folder, what it prints in a file."""
+    """torchrun in a folder, what it prints in a file; it ends with this process."""
     with log.open("a", encoding="utf-8") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*launch, *run],
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables},
@@ -80,6 +81,8 @@ def start(
             stderr=file,
             text=True,
         )
+    atexit.register(process.terminate)
+    return process
 
 
 def torchrun(*options: str) -> list[str]:
@@ -282,6 +285,8 @@ def empty(method: str, data: Path, folder: Path) -> dict[str, Any]:
         "keep",
         "--eval-every",
         "0",
+        "--save-every",
+        str(EMPTY_STEPS),
     ]
     began = time.monotonic()
     finish([start(ONE_NODE, run, folder, log)], log)
