@@ -66,10 +66,13 @@ def process_group(device_name: str = "auto", minutes: float = 10.0) -> Iterator[
     try:
         yield device
     except BaseException as error:
-        if not isinstance(error, SystemExit) or error.code:
-            raise alarm.ring(error) from error.__cause__
-        alarm.close()
-        raise
+        if isinstance(error, SystemExit) and not error.code:
+            alarm.close()
+            raise
+        instead = alarm.ring(error)
+        if instead is error:
+            raise
+        raise instead from None
     alarm.close()
 
 
@@ -161,7 +164,8 @@ class _Alarm:
         if not lost and not word.endswith(f"failed: {_line(own)}"):
             return own
         time.sleep(GRACE)
-        self._say(word, unless=not lost)
+        if lost:
+            self._say(word)
         return SystemExit(2 if isinstance(error, UserError) else 1)
 
     def _explain(self, error: BaseException) -> UserError:
@@ -189,9 +193,9 @@ class _Alarm:
             self._say(word)
             os._exit(1)
 
-    def _say(self, word: str, unless: bool = False) -> None:
+    def _say(self, word: str) -> None:
         """One line on each node."""
-        if os.environ.get("LOCAL_RANK", "0") == "0" and not unless:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{self.name} ends, since {word}", file=sys.stderr, flush=True)
 
 
