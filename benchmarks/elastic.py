@@ -146,16 +146,17 @@ def last_step(run: Path) -> int:
     return max((row["step"] for row in read_log(run / LOG) if row["split"] == "train"), default=0)
 
 
-def wait_until(condition: Any, process: subprocess.Popen[str], what: str) -> None:
+def wait_until(condition: Any, process: subprocess.Popen[str], log: Path, what: str) -> None:
     """Look again and again. UserError where the run ends or shows nothing in time."""
     end = time.monotonic() + PATIENCE
     while not condition():
         if process.poll() is not None or time.monotonic() > end:
-            raise UserError(f"{what}: the run ended with {process.poll()} or hung")
+            shown = log.read_text(encoding="utf-8")[-2000:]
+            raise UserError(f"{what}: the run ended with {process.poll()} or hung: {shown}")
         time.sleep(0.02)
 
 
-def kill_rank(launcher: subprocess.Popen[str], rank: int, run: Path) -> float:
+def kill_rank(launcher: subprocess.Popen[str], rank: int, run: Path, printed: Path) -> float:
     """Kill a rank; returns the seconds until the restarted run has logged a step."""
     log = run / LOG
     before = log.stat().st_ino
@@ -164,9 +165,11 @@ def kill_rank(launcher: subprocess.Popen[str], rank: int, run: Path) -> float:
         raise UserError(f"{run}: no process of rank {rank}")
     os.kill(victim, signal.SIGKILL)
     began = time.monotonic()
-    wait_until(lambda: log.stat().st_ino != before, launcher, f"{run} after a kill")  # cut to the checkpoint's step
+    wait_until(
+        lambda: log.stat().st_ino != before, launcher, printed, f"{run} after a kill"
+    )  # cut to the checkpoint's step
     rows = len(read_log(log))
-    wait_until(lambda: len(read_log(log)) > rows, launcher, f"{run} after a restart")
+    wait_until(lambda: len(read_log(log)) > rows, launcher, printed, f"{run} after a restart")
     return time.monotonic() - began
 
 
@@ -181,9 +184,9 @@ def killed(method: str, data: Path, folder: Path) -> dict[str, Any]:
     recoveries = []
     for index in range(kills):
         step = STEPS_A_KILL * index + chance.randrange(3, STEPS_A_KILL)
-        wait_until(lambda step=step: last_step(run) >= step, process, str(run))
+        wait_until(lambda step=step: last_step(run) >= step, process, log, str(run))
         time.sleep(chance.uniform(0, 0.3))  # in a step, an evaluation, or a save
-        seconds = kill_rank(process, index % 2, run)
+        seconds = kill_rank(process, index % 2, run, log)
         recoveries.append({"rank": index % 2, "after_step": step, "recovery_seconds": round(seconds, 2)})
     finish([process], log)
     equal = fingerprint(run) == undisturbed(method, data, folder, steps)
@@ -229,10 +232,11 @@ def nodes(method: str, data: Path, folder: Path) -> dict[str, Any]:
             (folder / name).mkdir(exist_ok=True)
             meet = ("--rdzv-id", method, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{NODES[first.name]}:{PORT}")
             group = ("--nnodes", "2", "--nproc-per-node", "1", "--local-addr", address, "--max-restarts", "1")
-            launch = ["ip", "netns", "exec", name, *torchrun(*group, *meet)]
+            host = ("--rdzv-conf", f"is_host={name == first.name}")  # torchrun knows a host by a name that resolves
+            launch = ["ip", "netns", "exec", name, *torchrun(*group, *meet, *host)]
             run = arguments(method, data, method, steps)
             processes.append(start(launch, run, folder / name, log, GLOO_SOCKET_IFNAME=name))
-        wait_until(lambda: last_step(first / method) >= STEPS_A_KILL - 5, processes[0], str(first))
+        wait_until(lambda: last_step(first / method) >= STEPS_A_KILL - 5, processes[0], log, str(first))
         by_process = {rank_process(process.pid, 1): process for process in processes}
         by_process.pop(None, None)
         (victim,) = by_process
@@ -240,7 +244,7 @@ def nodes(method: str, data: Path, folder: Path) -> dict[str, Any]:
         assert victim is not None
         os.kill(victim, signal.SIGKILL)
         began = time.monotonic()
-        wait_until(lambda: (first / method / LOG).stat().st_ino != before, processes[0], "nodes after a kill")
+        wait_until(lambda: (first / method / LOG).stat().st_ino != before, processes[0], log, "nodes after a kill")
         seconds = time.monotonic() - began
         finish(processes, log)
     written = [name for name in NODES if (folder / name / method).exists()]
@@ -319,7 +323,7 @@ def resized(method: str, data: Path, folder: Path) -> dict[str, Any]:
             process = start(launch, run, folder, log)
             if index < len(launches):
                 reached = index * STEPS_A_KILL
-                wait_until(lambda: last_step(folder / f"{method}-{out}") >= reached, process, out)  # noqa: B023
+                wait_until(lambda: last_step(folder / f"{method}-{out}") >= reached, process, log, out)  # noqa: B023
                 process.send_signal(signal.SIGTERM)
                 process.wait(PATIENCE)
             else:
