@@ -560,7 +560,7 @@ def run_two(folder: Path, **settings: Any) -> None:
         for rank in ("0", "1")
     ]
     for process in ranks:
-        error = process.communicate(timeout=100)[1]
+        error = process.communicate(timeout=300)[1]
         assert process.returncode == 0, error.decode()[-2000:]
         assert b"Warning" not in error
 
