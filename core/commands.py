@@ -30,6 +30,7 @@ from core.data.transforms import network_sizes, resize
 from core.draw import draw_detections
 from core.errors import UserError
 from core.evaluator import METRICS, evaluate_boxes, write_detections
+from core.folding import fold_norms
 from core.inference import (
     Detect,
     check_categories,
@@ -156,6 +157,7 @@ def evaluate(
             out.mkdir(parents=True, exist_ok=True)
             if views:
                 print(describe_views(views), flush=True)  # it will take a while
+        fold_norms(trained.model)
         found = detect_table(trained.model, detect, table, trained.config, device, views)
         if not distributed.is_main():
             return {}
@@ -193,6 +195,7 @@ def predict(
     device = distributed.pick_device(arguments.device)
     trained = load_trained(arguments, method, config_type, build, device)
     detect = partial(detect, config=trained.config)
+    fold_norms(trained.model)
     names = [category.name for category in trained.categories]
     out = arguments.out or arguments.weights.parent / "predictions"
     sources = list(find_images(arguments.images, trained.config))
