@@ -24,6 +24,7 @@ from core.errors import UserError
 T = TypeVar("T")
 
 
+MEETING = 5.0  # minutes that a rank may take to start, at least, however short it may be silent later
 GRACE = 3.0  # seconds by which the other ranks outlive the failed one: torchrun names the first that left
 FOREVER = timedelta(days=365)
 CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
@@ -52,8 +53,9 @@ def process_group(device_name: str = "auto", minutes: float = 10.0) -> Iterator[
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     own, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = _store(timedelta(minutes=minutes), is_master=own == 0 and not _agent_has_store())
-    group = _meet(store, own, count, minutes)
+    meeting = max(minutes, MEETING)
+    store = _store(timedelta(minutes=meeting), is_master=own == 0 and not _agent_has_store())
+    group = _meet(store, own, count, meeting)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore(group, store),

@@ -76,7 +76,7 @@ def start(case, rank, port, folder):
         for number, stream in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{case}-{rank}.{stream}", os.O_CREAT | os.O_WRONLY), number)
         def main():
-            with distributed.process_group("cpu", 0.05 if case == "is_stuck" else 5):
+            with distributed.process_group("cpu", 0.2 if case == "is_stuck" else 5):
                 globals()[case]()
         cli.run(main)
     return child
@@ -166,7 +166,7 @@ def test_an_error_of_all_ranks_is_said_once(ended: Callable[[str], list[Ended]])
     ("case", "problem", "code"),
     [
         ("is_killed", "the connection to another rank broke; it was killed, or its machine is gone", -signal.SIGKILL),
-        ("is_stuck", "another rank gave no answer for 0.05 minutes; is it stuck?", 1),
+        ("is_stuck", "another rank gave no answer for 0.2 minutes; is it stuck?", 1),
     ],
 )
 def test_a_rank_that_is_gone_or_stuck_ends_the_run(
