@@ -146,9 +146,7 @@ def _canvas(sampler: Sampler, group: int, largest: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=2)
-def _turns(
-    seed: int, epoch: int, counts: tuple[int, ...]
-) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+def _turns(seed: int, epoch: int, counts: tuple[int, ...]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
     """For each batch of an epoch its group, and how many of that group come before it in the epoch."""
     order = permutation(seed, GROUP_ORDER, epoch, sum(counts))
     groups = np.repeat(np.arange(len(counts)), counts)[order]
