@@ -478,7 +478,8 @@ def speed_table(results: Path) -> str:
 def speed_cells(row: dict[str, Any]) -> list[str]:
     """What was done, what it was compared with, both milliseconds, the ratio and the ratio wanted."""
     times = [_number(row["reference_ms"]), _number(row["ours_ms"])]
-    return [row["what"], row["reference"], *times, f"{row['ratio']:.1f}", f"≥ {row['target']:g}"]
+    ratio = f"{row['ratio']:.1f}" if row["ratio"] >= 1 else f"{row['ratio']:.2f}"
+    return [row["what"], row["reference"], *times, ratio, f"≥ {row['target']:g}"]
 
 
 def memory_cells(row: dict[str, Any]) -> list[str]:
